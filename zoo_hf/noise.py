@@ -1,0 +1,229 @@
+"""A direction is a name; its entries are a pure function of that name.
+
+Entries come from the counter-based generator Philox4x32-10. The key is (run seed, direction index), the counter is
+(block, purpose, parameter id, step), so that every entry of every direction has a counter of its own: any slice of any
+parameter is made alone, in any order, on any device, and no two streams can meet. No generator is read or advanced.
+
+Letters: G directions, K blocks, M entries.
+
+References:
+    Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
+"""
+
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+MASK = 0xFFFFFFFF
+
+PURPOSE_ENTRIES, PURPOSE_DROPOUT = 0, 4  # what a stream is for; no two purposes share a counter
+
+PHILOX_BLOCKS = 1 << 16  # made in one call: long enough for two threads, short enough for the cache
+CHUNK = 1 << 18  # entries unpacked at once: 1 MiB of float32, which stays in the cache
+
+
+class Direction(NamedTuple):
+    """Name of a random vector z; every entry of z is a pure function of these integers, each in [0, 2³²)."""
+
+    seed: int
+    step: int
+    index: int
+
+
+class Distribution(Protocol):
+    """How Philox blocks become entries of z.
+
+    An entry has two forms: packed, as small as the noise allows, and unpacked, ready to be added to a weight.
+    """
+
+    entries_per_block: int
+    packed_per_block: int  # elements of the packed form
+    packed_bytes_per_entry: float
+
+    def pack(self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device):
+        """Packed entries of blocks start … stop − 1, one row a direction, (G, …)."""
+
+    def unpack(self, packed: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """scale · z, (M,), from one row of `pack` or a part of it."""
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Four random 32-bit words for every counter, (…, 4) int64 in [0, 2³²).
+
+    Arguments:
+        counter: integers (…, 4) in [0, 2³²).
+        key: integers (…, 2) in [0, 2³²), broadcast against the counter.
+
+    References:
+        Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. (Philox4x32-10)
+    """
+    shape = torch.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
+    words = [word.expand(shape).to(torch.int64, copy=True) for word in counter.unbind(-1)]
+    philox_(words, key.to(torch.int64))
+    return torch.stack(words, dim=-1)
+
+
+def philox_(words: list[Tensor], key: Tensor) -> None:
+    """Replace the four words of every counter, int64 (…) each, by its random words; `key` is (…, 2)."""
+    c0, c1, c2, c3 = words
+    k0, k1 = key.unbind(-1)
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        # the shift is arithmetic, so the high word needs its mask as much as the low one
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(MASK).bitwise_xor_(c1).bitwise_xor_(k0)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_and_(MASK).bitwise_xor_(c3).bitwise_xor_(k1)
+        torch.bitwise_and(p1, MASK, out=c1)
+        torch.bitwise_and(p0, MASK, out=c3)
+        k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
+
+
+def parameter_id(name: str) -> int:
+    """32-bit hash of a parameter's name in the unwrapped model: the CRC-32 of its UTF-8 bytes."""
+    return zlib.crc32(name.encode())
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse parameter names that share an id, as they would share their noise.
+
+    Raises:
+        ValueError: two names have the same `parameter_id`.
+    """
+    seen: dict[int, str] = {}
+    for name in names:
+        other = seen.setdefault(parameter_id(name), name)
+        if other != name:
+            raise ValueError(f"Parameters {other!r} and {name!r} have the same 32-bit id: rename one of them.")
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """Seed of the dropout masks that all members of a step share, in [0, 2³²)."""
+    counter = torch.tensor([0, PURPOSE_DROPOUT, 0, step])
+    return int(philox4x32(counter, torch.tensor([seed, 0]))[0])
+
+
+def blocks(
+    directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
+) -> list[Tensor]:
+    """The four words of blocks start … stop − 1 for every direction, int64 (G, K) each."""
+    shape = (len(directions), stop - start)
+    names = torch.tensor(directions, dtype=torch.int64, device=device)  # (G, 3)
+    words = [
+        torch.arange(start, stop, device=device).expand(shape).contiguous(),
+        torch.full(shape, PURPOSE_ENTRIES, device=device),
+        torch.full(shape, parameter_id(parameter_name), device=device),
+        names[:, 1, None].expand(shape).contiguous(),
+    ]
+    philox_(words, names[:, None, ::2])
+    return words
+
+
+class Rademacher:
+    """Independent signs, ±1: entry e is bit e mod 32 of word ⌊(e mod 128)/32⌋ of block ⌊e/128⌋, and a 1 is +1.
+
+    Packed, an entry is one bit.
+    """
+
+    entries_per_block = 128
+    packed_per_block = 16
+    packed_bytes_per_entry = 1 / 8
+
+    def pack(self, directions, parameter_name, start, stop, device) -> Tensor:
+        packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
+        for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions))):
+            for place, word in enumerate(blocks(directions, parameter_name, start + a, start + b, device)):
+                packed[:, a:b, place] = word
+        return packed.view(torch.uint8).flatten(1)  # (G, 16 K), least significant byte first
+
+    def unpack(self, packed, scale, dtype) -> Tensor:
+        return (scale * _signs_of_bytes(dtype, packed.device)).index_select(0, packed.int()).flatten()
+
+
+class Gaussian:
+    """Independent standard normals, four a block, by Box–Muller on the word pairs (0, 1) and (2, 3).
+
+    √(−2 ln u) cos 2πv, then √(−2 ln u) sin 2πv, with u = (w + 1)/2³² from a pair's first word and v = w'/2³² from its
+    second. Packed, an entry is a float32, so that signs alone are equal to the last bit on all devices.
+    """
+
+    entries_per_block = 4
+    packed_per_block = 4
+    packed_bytes_per_entry = 4
+
+    def pack(self, directions, parameter_name, start, stop, device) -> Tensor:
+        parts = [
+            _box_muller(blocks(directions, parameter_name, start + a, start + b, device))
+            for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions)))
+        ]
+        return torch.cat(parts, dim=1)  # (G, 4 K)
+
+    def unpack(self, packed, scale, dtype) -> Tensor:
+        return packed.to(dtype) * scale
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {"rademacher": Rademacher(), "gaussian": Gaussian()}
+
+
+def entries(
+    direction: Direction,
+    parameter_name: str,
+    start: int,
+    stop: int,
+    *,
+    distribution: str = "rademacher",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Entries start … stop − 1 of z for one parameter, flattened, (stop − start,).
+
+    Arguments:
+        direction: the name of z.
+        parameter_name: the parameter's name in the unwrapped model.
+        start, stop: 0 ≤ start ≤ stop; any slice equals that slice of the whole.
+        distribution: "rademacher" (±1) or "gaussian" (mean 0, variance 1).
+
+    Raises:
+        ValueError: unknown distribution, or a slice that is none.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"`distribution` must be one of {sorted(DISTRIBUTIONS)}, got {distribution!r}.")
+    if not 0 <= start <= stop:
+        raise ValueError(f"`start` and `stop` must satisfy 0 <= start <= stop, got {start} and {stop}.")
+    kind, device = DISTRIBUTIONS[distribution], torch.device(device)
+    size = kind.entries_per_block
+    first, last = start // size, -(-stop // size)
+    whole = torch.empty((last - first) * size, dtype=dtype, device=device)
+    for a, b in spans(last - first, CHUNK // size):
+        packed = kind.pack([direction], parameter_name, first + a, first + b, device)[0]
+        whole[a * size : b * size] = kind.unpack(packed, 1.0, dtype)
+    return whole[start - first * size : stop - first * size]
+
+
+def spans(total: int, length: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) after (start, stop), at most `length` long, that cover range(total)."""
+    for start in range(0, total, length):
+        yield start, min(start + length, total)
+
+
+@functools.cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs that each byte stands for, (256, 8)."""
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)
+
+
+def _box_muller(words: list[Tensor]) -> Tensor:
+    """Normals (G, 4 K) from four words (G, K)."""
+    normals = []
+    for first, second in (words[:2], words[2:]):
+        radius = ((first + 1).float() * 2.0**-32).log_().mul_(-2).sqrt_()
+        angle = second.float() * (2 * torch.pi * 2.0**-32)
+        normals += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(normals, dim=-1).flatten(1)
