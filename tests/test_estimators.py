@@ -1,4 +1,4 @@
-"""Estimators against their theory: exact where mathematics is exact, within four standard errors where it is random."""
+"""Estimators against their theory: exact where it is exact, within four standard errors where it is random."""
 
 import math
 
@@ -156,7 +156,8 @@ def test_a_pair_that_is_not_finite_is_left_out_and_counted():
     estimate = CentralDifference(0.5).estimate(directions(4), losses)
     assert estimate.coefficients.tolist()[::2] == [-2, 4]
     assert estimate.coefficients.isnan().tolist() == [False, True, False, True]
-    assert estimate.left_out == 0.5 and estimate.loss == 2.5
+    assert estimate.left_out == 0.5
+    assert estimate.loss == 2.5
     z = matrix(directions(4), 6)
     assert torch.equal(gradient(estimate, "theta", torch.zeros(6)), ((-2 * z[0] + 4 * z[2]) / 2).float())
 

@@ -5,10 +5,10 @@ import random
 
 import numpy as np
 import pytest
+import reference
 import scipy.stats
 import torch
 
-import reference
 from zoo_hf.noise import Direction, check_names, dropout_seed, entries, parameter_id, philox4x32
 
 
@@ -38,7 +38,8 @@ def test_philox_broadcasts_keys_and_leaves_its_arguments_alone():
     assert words.shape == (3, 2, 4)
     for i, j in itertools.product(range(3), range(2)):
         assert words[i, j].tolist() == reference.philox4x32_10(counter[i, j].tolist(), key[j].tolist())
-    assert torch.equal(counter, before[0]) and torch.equal(key, before[1])
+    assert torch.equal(counter, before[0])
+    assert torch.equal(key, before[1])
 
 
 def test_signs_are_the_bits_that_the_layout_names():
@@ -141,9 +142,9 @@ def test_names_that_share_an_id_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(start=3, stop=2), "got 3 and 2"),
-        (dict(start=-1, stop=2), "got -1 and 2"),
-        (dict(start=0, stop=2, distribution="cauchy"), "must be one of .* got 'cauchy'"),
+        ({"start": 3, "stop": 2}, "got 3 and 2"),
+        ({"start": -1, "stop": 2}, "got -1 and 2"),
+        ({"start": 0, "stop": 2, "distribution": "cauchy"}, "must be one of .* got 'cauchy'"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, message):

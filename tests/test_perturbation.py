@@ -41,7 +41,8 @@ def test_a_member_is_theta_plus_epsilon_z_rounded_once_and_theta_returns_bit_for
         return torch.tensor(float(len(seen)))
 
     losses = probe(objective, weights, [*PAIRS, Member(DIRECTIONS[0], 0)], 0.01, distribution=distribution)
-    assert losses.tolist() == [1, 2, 3, 4, 5, 6, 7] and losses.dtype == torch.float64
+    assert losses.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert losses.dtype == torch.float64
     for member, values in zip(PAIRS, seen, strict=False):
         expected = displaced(before, member, 0.01, distribution)
         for name in weights:

@@ -197,12 +197,13 @@ def entries(
     if not 0 <= start <= stop:
         raise ValueError(f"`start` and `stop` must satisfy 0 <= start <= stop, got {start} and {stop}.")
     kind, device = DISTRIBUTIONS[distribution], torch.device(device)
-    size = kind.entries_per_block
+    size, length = kind.entries_per_block, kind.packed_per_block
     first, last = start // size, -(-stop // size)
     whole = torch.empty((last - first) * size, dtype=dtype, device=device)
-    for a, b in spans(last - first, CHUNK // size):
+    for a, b in spans(last - first, PHILOX_BLOCKS):
         packed = kind.pack([direction], parameter_name, first + a, first + b, device)[0]
-        whole[a * size : b * size] = kind.unpack(packed, 1.0, dtype)
+        for c, d in spans(b - a, CHUNK // size):
+            whole[(a + c) * size : (a + d) * size] = kind.unpack(packed[c * length : d * length], 1.0, dtype)
     return whole[start - first * size : stop - first * size]
 
 

@@ -1,0 +1,52 @@
+"""Signs through `torch.compile`: the rounds of Philox in one loop, several times faster, the same bits."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..noise import DISTRIBUTIONS, PURPOSE_ENTRIES, Direction, Rademacher, parameter_id, philox_
+
+
+COMPILED_BLOCKS = 1 << 13  # one size for every call, so that one compilation serves all parameters
+
+
+class CompiledRademacher(Rademacher):
+    """`Rademacher` whose Philox blocks come from compiled code, 8,192 blocks of one direction a call.
+
+    Parameters much smaller than a call waste most of it: this is for models of millions of weights.
+    """
+
+    def pack(self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device) -> Tensor:
+        packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
+        words = _compiled(torch.device(device))
+        for row, (seed, step, index) in zip(packed, directions, strict=True):
+            for first in range(start, stop, COMPILED_BLOCKS):
+                name = torch.tensor([first, parameter_id(parameter_name), step, seed, index], device=device)
+                part = row[first - start : first - start + COMPILED_BLOCKS]
+                part.copy_(words(name)[: len(part)])
+        return packed.view(torch.uint8).flatten(1)
+
+
+def use_compiler(enabled: bool = True) -> None:
+    """Make signs with `torch.compile` from now on in this process, or without it again; the bits are the same.
+
+    The first use compiles for some seconds and needs what `torch.compile` needs, on a CPU a C++ compiler.
+    """
+    DISTRIBUTIONS["rademacher"] = CompiledRademacher() if enabled else Rademacher()
+
+
+@functools.cache
+def _compiled(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return torch.compile(_words, dynamic=False, fullgraph=True)
+
+
+def _words(name: Tensor) -> Tensor:
+    """Words of 8,192 blocks, (K, 4) int32, from (first block, parameter id, step, seed, direction index)."""
+    first, parameter, step, seed, index = name.unbind()
+    number = torch.arange(COMPILED_BLOCKS, device=name.device) + first
+    words = [number, torch.full_like(number, PURPOSE_ENTRIES), parameter.expand_as(number), step.expand_as(number)]
+    words = [word.clone() for word in words]
+    philox_(words, torch.stack([seed, index]))
+    return torch.stack(words, dim=-1).to(torch.int32)
