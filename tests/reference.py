@@ -6,11 +6,11 @@ import zlib
 
 def philox4x32_10(counter: list[int], key: list[int]) -> list[int]:
     """Four words from four counter words and two key words, in Python integers."""
-    (a, b, c, d), (k, l) = counter, key
+    (a, b, c, d), (k, m) = counter, key
     for _ in range(10):
         p, q = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b, c, d = (q >> 32) ^ b ^ k, q & 0xFFFFFFFF, (p >> 32) ^ d ^ l, p & 0xFFFFFFFF
-        k, l = (k + 0x9E3779B9) % 2**32, (l + 0xBB67AE85) % 2**32
+        a, b, c, d = (q >> 32) ^ b ^ k, q & 0xFFFFFFFF, (p >> 32) ^ d ^ m, p & 0xFFFFFFFF
+        k, m = (k + 0x9E3779B9) % 2**32, (m + 0xBB67AE85) % 2**32
     return [a, b, c, d]
 
 

@@ -413,10 +413,10 @@ def test_every_cell_type_has_a_cell():
         ({"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
         ({"num_layers": 0}, "`num_layers` must be at least 1, got 0"),
         ({"num_heads": 0}, "`num_heads` must be at least 1, got 0"),
-        ({"num_heads": 5}, "`num_heads` must divide `hidden_size`, got 5 and 64; take a divisor"),
+        ({"num_heads": 5}, "`num_heads` must divide `hidden_size`, got 5 and 32; take a divisor"),
         (
-            {"tie_word_embeddings": True},
-            "`embedding_size` equal to `hidden_size`, got 48 and 64; make them equal or set",
+            {"tie_word_embeddings": True, "embedding_size": 48},
+            "`embedding_size` equal to `hidden_size`, got 48 and 32; make them equal or set",
         ),
     ],
 )

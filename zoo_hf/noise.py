@@ -51,8 +51,8 @@ class Distribution(Protocol):
     def pack(self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device):
         """Packed entries of blocks start … stop − 1, one row a direction, (G, …)."""
 
-    def unpack(self, packed: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-        """scale · z, (M,), from one row of `pack` or a part of it."""
+    def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
+        """Write scale · z, (M,), from one row of `pack` or a part of it."""
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
@@ -142,8 +142,9 @@ class Rademacher:
                 packed[:, a:b, place] = word
         return packed.view(torch.uint8).flatten(1)  # (G, 16 K), least significant byte first
 
-    def unpack(self, packed, scale, dtype) -> Tensor:
-        return (scale * _signs_of_bytes(dtype, packed.device)).index_select(0, packed.int()).flatten()
+    def unpack_(self, out, packed, scale) -> None:
+        table = scale * _signs_of_bytes(out.dtype, out.device)
+        torch.index_select(table, 0, packed.int(), out=out.view(-1, 8))
 
 
 class Gaussian:
@@ -164,8 +165,8 @@ class Gaussian:
         ]
         return torch.cat(parts, dim=1)  # (G, 4 K)
 
-    def unpack(self, packed, scale, dtype) -> Tensor:
-        return packed.to(dtype) * scale
+    def unpack_(self, out, packed, scale) -> None:
+        torch.mul(packed.to(out.dtype), scale, out=out)
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {"rademacher": Rademacher(), "gaussian": Gaussian()}
@@ -203,7 +204,7 @@ def entries(
     for a, b in spans(last - first, PHILOX_BLOCKS):
         packed = kind.pack([direction], parameter_name, first + a, first + b, device)[0]
         for c, d in spans(b - a, CHUNK // size):
-            whole[(a + c) * size : (a + d) * size] = kind.unpack(packed[c * length : d * length], 1.0, dtype)
+            kind.unpack_(whole[(a + c) * size : (a + d) * size], packed[c * length : d * length], 1.0)
     return whole[start - first * size : stop - first * size]
 
 

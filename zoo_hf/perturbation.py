@@ -48,11 +48,12 @@ def probe(
         ValueError: a weight is not contiguous, or the objective's value is no scalar.
         Exception: whatever the objective raises; θ is put back first.
     """
-    noise = HeldNoise(parameters, DISTRIBUTIONS[distribution], [member.direction for member in members])
     losses = []
     with kept(parameters) as saved:
+        directions = [member.direction for member in members]
+        displacement = Displacement(parameters, saved, DISTRIBUTIONS[distribution], directions)
         for direction, sign in members:
-            noise.displace_(parameters, saved, direction, sign * smoothing_radius)
+            displacement.write_(direction, sign * smoothing_radius)
             losses.append(_scalar(objective()))
     return torch.stack(losses).cpu().double() if losses else torch.empty(0, dtype=torch.float64)
 
@@ -63,16 +64,14 @@ def perturbed(
 ) -> Iterator[None]:
     """Hold θ + scale · z inside the block; on exit θ is bit-identical to before, even after an error."""
     with kept(parameters) as saved:
-        HeldNoise(parameters, DISTRIBUTIONS[distribution], [direction]).displace_(parameters, saved, direction, scale)
+        Displacement(parameters, saved, DISTRIBUTIONS[distribution], [direction]).write_(direction, scale)
         yield
 
 
 @contextmanager
 def kept(parameters: Parameters) -> Iterator[Parameters]:
     """Copies of θ; whatever is written to the weights inside the block, they hold θ again after it."""
-    for name, parameter in parameters.items():
-        if not parameter.is_contiguous():
-            raise ValueError(f"Parameter {name!r} is not contiguous: replace it by a copy made with `.contiguous()`.")
+    check_contiguous(parameters)
     with torch.no_grad():
         saved = {name: parameter.clone() for name, parameter in parameters.items()}
         try:
@@ -82,46 +81,97 @@ def kept(parameters: Parameters) -> Iterator[Parameters]:
                 parameter.copy_(saved[name])
 
 
-class HeldNoise:
-    """Packed noise of the next few directions, made in one call a parameter and used by both members of a pair.
+def check_contiguous(parameters: Parameters) -> None:
+    """Raises: ValueError when a weight is not contiguous, as displacements are written to flat views."""
+    for name, parameter in parameters.items():
+        if not parameter.is_contiguous():
+            raise ValueError(f"Parameter {name!r} is not contiguous: replace it by a copy made with `.contiguous()`.")
 
-    It holds as many directions as fit into 2 MiB or a twentieth of the weights; where not even one fits, every chunk
-    is made when it is used.
+
+class Piece(NamedTuple):
+    """Neighbouring entries of one parameter."""
+
+    weights: Tensor  # (M,), a view of the parameter
+    saved: Tensor  # (M,), the same entries of θ
+    name: str
+    start: int  # place of the first entry in its parameter, a multiple of the block
+
+
+class Displacement:
+    """Writes θ + s z into the weights, for one direction after another.
+
+    Weights are written in groups of pieces, whose noise is made and unpacked in one call each. Packed noise of the
+    next few directions is held, as many as fit into 2 MiB or a twentieth of the weights, so that the two members of a
+    pair share it; where not even one fits, it is made again.
+
+    Arguments:
+        parameters: name → weight, contiguous, to be written.
+        saved: θ, not modified.
+        directions: those that will be asked for, in that order.
     """
 
-    def __init__(self, parameters: Parameters, distribution: Distribution, directions: Sequence[Direction]):
+    def __init__(
+        self, parameters: Parameters, saved: Parameters, distribution: Distribution, directions: Sequence[Direction]
+    ):
         self.distribution = distribution
+        self.groups = list(_groups(parameters, saved))
         self.order = list(dict.fromkeys(directions))
-        self.numels = {name: parameter.numel() for name, parameter in parameters.items()}
         room = max(HELD_BYTES, HELD_SHARE * sum(p.numel() * p.element_size() for p in parameters.values()))
-        self.capacity = int(room / max(1, sum(self.numels.values()) * distribution.packed_bytes_per_entry))
-        self.held: dict[Direction, int] = {}  # direction → its row in every packed tensor
-        self.packed: Parameters = {}
+        numel = sum(p.numel() for p in parameters.values())
+        self.capacity = int(room / max(1, numel * distribution.packed_bytes_per_entry))
+        self.held: dict[Direction, int] = {}  # direction → its row in the packed noise of every group
+        self.packed: dict[int, Tensor] = {}  # group → (G, …)
 
-    def displace_(self, parameters: Parameters, saved: Parameters, direction: Direction, scale: float) -> None:
-        """Write θ + scale · z into the weights; `saved` holds θ."""
-        for name, parameter in parameters.items():
-            weights, start_weights = parameter.view(-1), saved[name].view(-1)
-            # summed in float32 at least, then rounded once to the weight's dtype
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            for start, stop in spans(parameter.numel(), CHUNK):
-                packed = self._chunk(direction, name, start, stop, parameter.device)
-                noise = self.distribution.unpack(packed, scale, dtype)[: stop - start]
-                torch.add(start_weights[start:stop], noise, out=weights[start:stop])
+    def write_(self, direction: Direction, scale: float) -> None:
+        """Write θ + scale · z, summed in float32 at least and rounded once to each weight's dtype."""
+        for number, group in enumerate(self.groups):
+            packed = self._packed(direction, number)
+            entries = len(packed) // self.distribution.packed_per_block * self.distribution.entries_per_block
+            dtype = torch.promote_types(group[0].weights.dtype, torch.float32)
+            noise = torch.empty(entries, dtype=dtype, device=packed.device)
+            self.distribution.unpack_(noise, packed, scale)
+            place = 0
+            for weights, saved, _, _ in group:
+                torch.add(saved, noise[place : place + len(weights)], out=weights)
+                place += self._blocks(len(weights)) * self.distribution.entries_per_block
 
-    def _chunk(self, direction: Direction, name: str, start: int, stop: int, device: torch.device) -> Tensor:
-        size = self.distribution.entries_per_block
-        first, last = start // size, -(-stop // size)
+    def _packed(self, direction: Direction, number: int) -> Tensor:
         if not self.capacity:
-            return self.distribution.pack([direction], name, first, last, device)[0]
+            return self._pack([direction], self.groups[number])[0]
         if direction not in self.held:
             at = self.order.index(direction)
             self.held = {held: row for row, held in enumerate(self.order[at : at + self.capacity])}
             self.packed = {}
-        if name not in self.packed:
-            self.packed[name] = self.distribution.pack(list(self.held), name, 0, -(-self.numels[name] // size), device)
-        length = self.distribution.packed_per_block
-        return self.packed[name][self.held[direction], first * length : last * length]
+        if number not in self.packed:
+            self.packed[number] = self._pack(list(self.held), self.groups[number])
+        return self.packed[number][self.held[direction]]
+
+    def _pack(self, directions: Sequence[Direction], group: list[Piece]) -> Tensor:
+        parts = []
+        for weights, _, name, start in group:
+            first = start // self.distribution.entries_per_block
+            last = first + self._blocks(len(weights))
+            parts.append(self.distribution.pack(directions, name, first, last, weights.device))
+        return torch.cat(parts, dim=1)
+
+    def _blocks(self, numel: int) -> int:
+        return -(-numel // self.distribution.entries_per_block)
+
+
+def _groups(parameters: Parameters, saved: Parameters) -> Iterator[list[Piece]]:
+    """All entries of all parameters, in groups of about CHUNK entries of one dtype and device."""
+    group: list[Piece] = []
+    for name, parameter in parameters.items():
+        weights, start_weights = parameter.view(-1), saved[name].view(-1)
+        for start, stop in spans(parameter.numel(), CHUNK):
+            piece = Piece(weights[start:stop], start_weights[start:stop], name, start)
+            alike = group and (group[0].weights.dtype, group[0].weights.device) == (weights.dtype, weights.device)
+            if group and (not alike or sum(len(p.weights) for p in group) + stop - start > CHUNK):
+                yield group
+                group = []
+            group.append(piece)
+    if group:
+        yield group
 
 
 def _scalar(loss: Tensor) -> Tensor:
@@ -132,9 +182,15 @@ def _scalar(loss: Tensor) -> Tensor:
 
 @contextmanager
 def probing_mode(model: torch.nn.Module, *, dropout: bool) -> Iterator[None]:
-    """Inference inside the block: no graph is kept and dropout is off, or on when asked for; put back afterwards."""
+    """Inference inside the block: no graph is kept and dropout is off, or on when asked for; put back afterwards.
+
+    Batch normalisation uses its running statistics either way, as it would change them with every probe.
+    """
     training = {module: module.training for module in model.modules()}
     model.train(dropout)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
     try:
         with torch.inference_mode():
             yield
