@@ -1,0 +1,155 @@
+"""Estimate → weights: one parameter at a time through any torch optimizer, without gradient buffers."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .estimators import Estimate
+from .noise import CHUNK, DISTRIBUTIONS, PHILOX_BLOCKS, check_names, spans
+
+
+# These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
+SEPARATE = ("torch.optim.", "transformers.", "bitsandbytes.")
+REFUSED = {
+    "LBFGS": "it evaluates the loss again within a step",
+    "SparseAdam": "it wants sparse gradients, and an estimate is dense",
+    "Lomo": "it updates the weights during a backward pass",
+    "AdaLomo": "it updates the weights during a backward pass",
+    "LayerWiseDummyOptimizer": "it updates the weights during a backward pass; use the optimizer without `_layerwise`",
+}
+
+
+def check_optimizer(kind: str) -> None:
+    """Raises: ValueError when an optimizer of this class needs a backward pass, or more than a gradient."""
+    if kind in REFUSED:
+        raise ValueError(f"Optimizer {kind} cannot take a zero-order estimate: {REFUSED[kind]}. Try adamw_torch.")
+
+
+def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
+    """ĝ = 1/m Σᵢ cᵢ zᵢ for one parameter, in its shape and dtype, in one pass over the estimate's m used directions.
+
+    Summed in float32 at least, direction after direction, so that it does not depend on how the work is cut.
+    """
+    used = [
+        (d, c) for d, c in zip(estimate.directions, estimate.coefficients.tolist(), strict=True) if not math.isnan(c)
+    ]
+    directions, coefficients = zip(*used, strict=True)
+    distribution = DISTRIBUTIONS[estimate.distribution]
+    size, length = distribution.entries_per_block, distribution.packed_per_block
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+    for a, b in spans(-(-parameter.numel() // size), max(1, PHILOX_BLOCKS // len(directions))):
+        packed = distribution.pack(directions, name, a, b, parameter.device)  # (m, …)
+        for first, last in spans(b - a, CHUNK // size):
+            part = total[(a + first) * size : (a + last) * size]
+            noise = torch.empty((last - first) * size, dtype=dtype, device=parameter.device)
+            for row, coefficient in zip(packed, coefficients, strict=True):
+                distribution.unpack_(noise, row[first * length : last * length], coefficient)
+                part += noise[: len(part)]
+    return total.div_(len(directions)).to(parameter.dtype).view_as(parameter)
+
+
+class Update(torch.optim.Optimizer):
+    """Runs an optimizer's step one parameter at a time, on the estimate that it holds.
+
+    For each parameter: make ĝ, set `.grad`, step, drop it. Neighbouring small parameters share a call, so that ĝ
+    never takes more memory than the largest parameter. Everything else is the optimizer's own.
+
+    Arguments:
+        optimizer: any torch optimizer that works from `.grad`.
+        names: parameter → its name in the unwrapped model, for every parameter of the optimizer.
+
+    Raises:
+        ValueError: the optimizer needs a backward pass or more than gradients, or two names share an id.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]):
+        check_optimizer(type(optimizer).__name__)
+        self.optimizer = optimizer
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.parameters = {names[p]: p for p in trained}
+        check_names(list(self.parameters))
+        self.forward_passes = 0  # of the whole run, saved with the optimizer
+        self.estimate: Estimate | None = None
+        self.clip = 1.0
+
+    def hold(self, estimate: Estimate) -> None:
+        """Keep the estimate for the next `step`."""
+        self.estimate, self.clip = estimate, 1.0
+
+    def clip_(self, max_norm: float) -> Tensor:
+        """Norm of ĝ, a float64 scalar; the next step uses ĝ · min(1, max_norm / norm). Costs a pass over z."""
+        squares = [self._gradient(name).double().square().sum() for name in self.parameters]
+        norm = torch.stack([square.cpu() for square in squares]).sum().sqrt()
+        self.clip = min(1.0, max_norm / (norm.item() + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Apply the held estimate and drop it."""
+        assert closure is None, "An estimate is applied, and no loss evaluated again."
+        assert self.estimate is not None, "`hold` an estimate before `step`."
+        for bucket in self._buckets():
+            for name in bucket:
+                self.parameters[name].grad = self._gradient(name)
+            self.optimizer.step()
+            for name in bucket:
+                self.parameters[name].grad = None
+        self.estimate = None
+
+    def _gradient(self, name: str) -> Tensor:
+        assert self.estimate is not None
+        full = gradient(self.estimate, name, self.parameters[name])
+        return full if self.clip == 1.0 else full.mul_(self.clip)
+
+    def _buckets(self) -> Iterator[list[str]]:
+        """Neighbouring parameters, together no larger than the largest one."""
+        numels = {name: p.numel() for name, p in self.parameters.items()}
+        separate = f"{type(self.optimizer).__module__}.".startswith(SEPARATE)
+        room = max(numels.values()) if separate else sum(numels.values())
+        bucket: list[str] = []
+        for name, numel in numels.items():
+            if bucket and sum(numels[held] for held in bucket) + numel > room:
+                yield bucket
+                bucket = []
+            bucket.append(name)
+        yield bucket
+
+    # accelerate and the schedulers replace these lists and dicts, so they are looked up, never kept
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.optimizer.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict() | {"zoo": {"forward_passes": self.forward_passes}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        inner = dict(state_dict)
+        self.forward_passes = inner.pop("zoo", {"forward_passes": 0})["forward_passes"]
+        self.optimizer.load_state_dict(inner)
