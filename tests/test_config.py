@@ -1,0 +1,125 @@
+"""The arguments: which there are, what they refuse, and what becomes of other classes of training arguments."""
+
+import json
+import logging
+import pickle
+from dataclasses import dataclass, fields
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+from trl import SFTConfig
+
+from zoo_hf import ZOOArguments, ZOOConfig
+from zoo_hf.config import complete_
+
+
+OWN = {
+    "num_directions": 32,
+    "smoothing_radius": 1e-2,
+    "estimator": "central",
+    "distribution": "rademacher",
+    "dropout": False,
+}
+CHANGED = {"learning_rate": 2e-2, "max_grad_norm": 0.0}
+
+
+@dataclass
+class ZOOSFTConfig(ZOOArguments, SFTConfig):
+    """Of another trainer, as a user would write it."""
+
+
+def test_a_new_field_is_a_decision():
+    assert {f.name: f.default for f in fields(ZOOArguments)} == OWN | CHANGED
+    assert {f.name for f in fields(ZOOConfig)} - {f.name for f in fields(TrainingArguments)} == OWN.keys()
+
+
+def test_only_the_defaults_that_the_docstring_names_differ_from_training_arguments():
+    theirs = {f.name: f.default for f in fields(TrainingArguments)}
+    ours = {f.name: f.default for f in fields(ZOOConfig)}
+    assert {name for name in theirs if ours[name] != theirs[name]} == CHANGED.keys()
+    assert all(f"`{name}`" in ZOOArguments.__doc__ for name in CHANGED)
+
+
+def test_every_field_has_a_help_text():
+    assert all(f.metadata["help"] for f in fields(ZOOArguments))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_directions", 0, "`num_directions` must be at least 1, got 0"),
+        ("num_directions", -3, "`num_directions` must be at least 1, got -3"),
+        ("smoothing_radius", 0.0, r"`smoothing_radius` must be positive and finite, got 0\.0"),
+        ("smoothing_radius", float("nan"), "`smoothing_radius` must be positive and finite, got nan"),
+        ("smoothing_radius", float("inf"), "`smoothing_radius` must be positive and finite, got inf"),
+        ("estimator", "centre", r"`estimator` must be one of \('central', 'forward'\), got 'centre'"),
+        ("distribution", "normal", r"`distribution` must be one of \('rademacher', 'gaussian'\), got 'normal'"),
+        ("max_grad_norm", -1.0, r"`max_grad_norm` must not be negative, got -1\.0"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused(config, field, value, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{field: value})
+
+
+def test_the_command_line_sets_every_field(tmp_path):
+    line = f"--output_dir {tmp_path} --use_cpu --num_directions 8 --smoothing_radius 1e-3 --estimator forward"
+    line += " --distribution gaussian --dropout --learning_rate 1e-4 --max_grad_norm 2"
+    (args,) = HfArgumentParser(ZOOConfig).parse_args_into_dataclasses(line.split())
+    values = (8, 1e-3, "forward", "gaussian", True, 1e-4, 2.0)
+    assert tuple(getattr(args, name) for name in OWN | CHANGED) == values
+
+
+def test_the_command_line_refuses_an_unknown_choice(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        HfArgumentParser(ZOOConfig).parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--estimator", "both"])
+    assert "--estimator: invalid choice: 'both'" in capsys.readouterr().err
+
+
+def test_a_json_file_sets_fields_and_leaves_the_others(tmp_path):
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({"output_dir": str(tmp_path), "use_cpu": True, "num_directions": 8}))
+    (args,) = HfArgumentParser(ZOOConfig).parse_json_file(str(path))
+    assert {name: getattr(args, name) for name in OWN | CHANGED} == OWN | CHANGED | {"num_directions": 8}
+
+
+# TRL's default
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_mixed_into_the_arguments_of_another_trainer_our_defaults_win(tmp_path):
+    args = ZOOSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert {name: getattr(args, name) for name in OWN | CHANGED} == OWN | CHANGED
+    assert args.max_length == SFTConfig(output_dir=str(tmp_path), use_cpu=True).max_length
+    with pytest.raises(ValueError, match="`num_directions`"):
+        ZOOSFTConfig(output_dir=str(tmp_path), use_cpu=True, num_directions=0)
+
+
+def test_plain_training_arguments_are_completed_and_keep_their_learning_rate(config, caplog):
+    args = config(TrainingArguments, learning_rate=5e-5)
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"):
+        complete_(args)
+    assert {name: getattr(args, name) for name in OWN} == OWN
+    assert (args.learning_rate, args.max_grad_norm) == (5e-5, 0.0)
+    assert [record.levelname for record in caplog.records if "max_grad_norm" in record.message] == ["WARNING"]
+
+
+def test_a_norm_that_plain_training_arguments_chose_is_kept(config, caplog):
+    args = config(TrainingArguments, max_grad_norm=0.5)
+    complete_(args)
+    assert args.max_grad_norm == 0.5
+    assert caplog.records == []
+
+
+def test_our_own_arguments_are_left_alone(config):
+    args = config(max_grad_norm=1.0)
+    complete_(args)
+    assert args.max_grad_norm == 1.0
+
+
+def test_arguments_survive_pickling_and_show_in_dicts(config):
+    args = config(num_directions=8, estimator="forward")
+    expected = OWN | CHANGED | {"num_directions": 8, "estimator": "forward", "learning_rate": 1e-2}
+    again = pickle.loads(pickle.dumps(args))
+    assert {name: getattr(again, name) for name in expected} == expected
+    assert {name: args.to_dict()[name] for name in expected} == expected
+    assert {name: json.loads(args.to_json_string())[name] for name in expected} == expected
+    assert {name: args.to_sanitized_dict()[name] for name in expected} == expected

@@ -1,0 +1,142 @@
+"""ZOOConfig: the arguments of `transformers.TrainingArguments` and the few that a zero-order step needs."""
+
+import logging
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from .update import check_optimizer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ZOOArguments:
+    """Arguments of a zero-order step, to be mixed into any class of training arguments.
+
+    `class C(ZOOArguments, SFTConfig)` makes the arguments of a zero-order SFTTrainer. Two defaults differ from those
+    of `TrainingArguments`: `learning_rate` (5e-5 there) and `max_grad_norm` (1.0 there, which would shorten every step
+    to one length, as an estimate is about √(d/n) times longer than the gradient).
+    """
+
+    num_directions: int = field(
+        default=32,
+        metadata={"help": "Random directions an update; each costs two forward passes (central) or one (forward)."},
+    )
+    smoothing_radius: float = field(
+        default=1e-2,
+        metadata={"help": "Length ε of a displacement in each weight, in units of the weights."},
+    )
+    estimator: Literal["central", "forward"] = field(
+        default="central",
+        metadata={"help": "central: [L(θ+εz) − L(θ−εz)]/2ε, 2n forward passes; forward: [L(θ+εz) − L(θ)]/ε, n + 1."},
+    )
+    distribution: Literal["rademacher", "gaussian"] = field(
+        default="rademacher",
+        metadata={"help": "Entries of a direction: ±1, at one random bit a weight, or standard normal, much slower."},
+    )
+    dropout: bool = field(
+        default=False,
+        metadata={"help": "Probe in training mode, all members of an update under the same dropout masks."},
+    )
+    learning_rate: float = field(default=2e-2, metadata={"help": "Initial learning rate of the optimizer."})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={"help": "Clip the estimate to this norm; costs one more pass over the directions. 0 is off."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()  # type: ignore[misc]  # of the class of training arguments mixed in
+        check(self)
+
+
+@dataclass
+class ZOOConfig(ZOOArguments, TrainingArguments):
+    """`transformers.TrainingArguments` and `ZOOArguments` in one; see there."""
+
+
+def check(args: ZOOArguments) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"`seed` must be in [0, 2**32), got {args.seed}.")
+    if args.num_directions < 1:
+        raise ValueError(f"`num_directions` must be at least 1, got {args.num_directions}.")
+    if not 0 < args.smoothing_radius < math.inf:
+        raise ValueError(f"`smoothing_radius` must be positive and finite, got {args.smoothing_radius}.")
+    if args.max_grad_norm < 0:
+        raise ValueError(f"`max_grad_norm` must not be negative, got {args.max_grad_norm}; 0 is off.")
+    for name, choices in (("estimator", ("central", "forward")), ("distribution", ("rademacher", "gaussian"))):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
+
+
+def complete_(args: TrainingArguments) -> None:
+    """Give plain training arguments the zero-order fields they lack, at their defaults, in place.
+
+    The learning rate stays; a `max_grad_norm` of 1.0, the default of `TrainingArguments`, becomes 0.
+    """
+    missing = [f for f in fields(ZOOArguments) if f.name not in vars(args)]
+    if not missing:  # ours, or completed before: what a search has set since then stays
+        return
+    for f in missing:
+        setattr(args, f.name, f.default)
+    if args.max_grad_norm == 1.0:
+        args.max_grad_norm = 0.0
+        logger.warning(
+            "max_grad_norm: 1.0, the default of TrainingArguments, is taken as 0 (off); "
+            "use ZOOConfig(max_grad_norm=1.0) to clip zero-order estimates."
+        )
+
+
+SHARDING = (
+    "FSDP, DeepSpeed and other sharding split weights, gradients and optimizer state that a zero-order step needs "
+    "whole or not at all. Remove `fsdp`, `deepspeed` and `parallelism_config`, also from the accelerate "
+    "configuration: every process holds the whole model and evaluates its share of the members."
+)
+FLOAT16 = "float16 on a CPU is emulated, hundreds of times slower than float32: use bfloat16 or float32."
+
+
+BACKWARD_ONLY = {"lomo": "Lomo", "adalomo": "AdaLomo", "layerwise": "LayerWiseDummyOptimizer"}  # of `optim`
+
+
+def refuse(args: Any) -> None:
+    """Raises: ValueError when the arguments ask for sharding, float16 on a CPU, or an optimizer that cannot work."""
+    if args.fsdp or args.deepspeed:
+        raise ValueError(SHARDING)
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(FLOAT16)
+    check_optimizer(BACKWARD_ONLY.get(args.optim.value.split("_")[-1], ""))
+
+
+def refuse_with_ranks(args: Any) -> None:
+    """Raises: ValueError when the arguments would let ranks see different batches."""
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "`train_sampling_strategy`='batch_rebalance' gives every process other batches, and the members of a "
+            "zero-order step need the same one: use 'random' or 'group_by_length'."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "`auto_find_batch_size` would change the batch of one process and not of the others: "
+            "find it with one process, then set `per_device_train_batch_size`."
+        )
+
+
+def turn_off_(args: Any) -> None:
+    """Switch off what only the stock way of several devices needs; say what has no effect."""
+    args.average_tokens_across_devices = False  # ranks see the same tokens
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs in one process: the first is used. To use all of them, start with "
+            f"`accelerate launch --num_processes {args.n_gpu} <script>`."
+        )
+        args._n_gpu = 1
+    if args.neftune_noise_alpha is not None and not args.dropout:
+        logger.warning("NEFTune is off, as probes run in inference mode: set `dropout=True` to train with its noise.")
