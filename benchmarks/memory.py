@@ -1,0 +1,107 @@
+"""Peak memory of inference, a zero-order step and a step of backpropagation through time, over context lengths.
+
+    python benchmarks/memory.py                       # 7 M-parameter LSTM, 256 … 16,384 tokens, about 10 minutes
+    python benchmarks/memory.py --contexts 256 1024
+
+Every figure is the peak resident memory of a fresh process while it runs, above what it held before it made the model,
+in MB (10⁶ bytes); on a GPU, `torch.cuda.max_memory_allocated`. All three use SGD without momentum, float32, batch 1.
+Adam would add its two moments, twice the weights, to the last two. Linux only.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+MODES = ("inference", "zoo", "bptt")
+SHAPE = {"embedding_size": 512, "hidden_size": 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", nargs="+", type=int, default=[256, 1024, 4096, 16384])
+    parser.add_argument("--child", nargs=2, metavar=("MODE", "CONTEXT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(options.child[0], int(options.child[1]))))
+        return
+
+    from report import save_results, table
+
+    rows = []
+    for context in options.contexts:
+        results = {mode: in_a_fresh_process(mode, context) for mode in MODES}
+        weights = results["zoo"]["weights"]
+        above = {"(zoo − inference) / weights": (results["zoo"]["peak"] - results["inference"]["peak"]) / weights}
+        rows.append(
+            {"context": context, "weights MB": weights} | {f"{m} MB": results[m]["peak"] for m in MODES} | above
+        )
+        print(rows[-1], flush=True)
+    print(table(rows))
+    save_results("memory", rows, plot)
+
+
+def in_a_fresh_process(mode: str, context: int) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--child", mode, str(context)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def measure(mode: str, context: int) -> dict[str, float]:
+    """MB at the peak of one step above what was held before the model, and MB of weights."""
+    import torch
+
+    from zoo_hf import RNNConfig, RNNForCausalLM, ZOOConfig, ZOOTrainer
+
+    before = resident("VmRSS")
+    model = RNNForCausalLM(RNNConfig(**SHAPE))
+    args = ZOOConfig(
+        tempfile.mkdtemp(), num_directions=2, optim="sgd", learning_rate=1e-6, use_cpu=not torch.cuda.is_available()
+    )
+    trainer = ZOOTrainer(model, args)
+    ids = torch.randint(0, 256, (1, context), device=args.device)
+    batch = {"input_ids": ids, "labels": ids}
+    reset_peak()
+    if mode == "inference":
+        with torch.inference_mode():
+            model.eval()(**batch)
+    elif mode == "zoo":
+        trainer.create_optimizer()
+        trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
+        trainer.training_step(model, batch, torch.tensor(context - 1))
+        trainer.optimizer.step()
+    else:
+        model(**batch).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=1e-6).step()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    if torch.cuda.is_available():
+        return {"peak": torch.cuda.max_memory_allocated() / 1e6, "weights": weights}
+    return {"peak": resident("VmHWM") - before, "weights": weights}
+
+
+def resident(field: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def plot(axes, rows: list[dict]) -> None:
+    contexts = [row["context"] for row in rows]
+    for mode in MODES:
+        axes.plot(contexts, [row[f"{mode} MB"] for row in rows], marker="o", label=mode)
+    axes.axhline(rows[0]["weights MB"], color="black", linewidth=1, linestyle=":", label="the weights")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("context length, tokens")
+    axes.set_ylabel("peak memory of a step, MB")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What the benchmarks share: a table for the terminal, and results as JSON and a plot in `benchmarks/results/`."""
+
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import matplotlib
+import torch
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # after the backend is chosen
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table; numbers get three significant digits."""
+    cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    packages = ("torch", "transformers", "accelerate")
+    return {"device": device, "threads": torch.get_num_threads()} | {name: version(name) for name in packages}
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+
+
+def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dict]], None]) -> None:
+    """Write `<name>.json` and `<name>.png`; a GPU's results get its name, so that they stand beside the CPU's."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = name + ("_" + torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "")
+    about = machine()
+    (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1, ensure_ascii=False))
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    plot(axes, rows)
+    axes.set_title(f"{about['device']}, {about['threads']} threads, torch {about['torch']}", fontsize=9)
+    axes.grid(alpha=0.3)
+    figure.savefig(RESULTS / f"{stem}.png", dpi=150)
+    print(f"written: {RESULTS / stem}.json, .png")
