@@ -48,7 +48,7 @@ class ZOOArguments:
         metadata={"help": "Clip the estimate to this norm; costs one more pass over the directions. 0 is off."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # of the class of training arguments mixed in
         check(self)
 
@@ -58,7 +58,7 @@ class ZOOConfig(ZOOArguments, TrainingArguments):
     """`transformers.TrainingArguments` and `ZOOArguments` in one; see there."""
 
 
-def check(args: ZOOArguments) -> None:
+def check(args: Any) -> None:
     """Refuse values that make no sense.
 
     Raises:

@@ -3,7 +3,7 @@
 Letters: n directions, P members.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -106,7 +106,7 @@ class ForwardDifference:
         return _evaluate(self, objective, parameters, directions)
 
 
-ESTIMATORS = {"central": CentralDifference, "forward": ForwardDifference}
+ESTIMATORS: dict[str, Callable[[float, str], Estimator]] = {"central": CentralDifference, "forward": ForwardDifference}
 
 
 def _evaluate(

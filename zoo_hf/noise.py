@@ -35,7 +35,7 @@ class Direction(NamedTuple):
 
     seed: int
     step: int
-    index: int
+    index: int  # type: ignore[assignment]  # the field's own word, although a tuple has a method of that name
 
 
 class Distribution(Protocol):
@@ -48,7 +48,9 @@ class Distribution(Protocol):
     packed_per_block: int  # elements of the packed form
     packed_bytes_per_entry: float
 
-    def pack(self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device):
+    def pack(
+        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
+    ) -> Tensor:
         """Packed entries of blocks start … stop − 1, one row a direction, (G, …)."""
 
     def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
@@ -135,14 +137,16 @@ class Rademacher:
     packed_per_block = 16
     packed_bytes_per_entry = 1 / 8
 
-    def pack(self, directions, parameter_name, start, stop, device) -> Tensor:
+    def pack(
+        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
+    ) -> Tensor:
         packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
         for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions))):
             for place, word in enumerate(blocks(directions, parameter_name, start + a, start + b, device)):
                 packed[:, a:b, place] = word
         return packed.view(torch.uint8).flatten(1)  # (G, 16 K), least significant byte first
 
-    def unpack_(self, out, packed, scale) -> None:
+    def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
         table = scale * _signs_of_bytes(out.dtype, out.device)
         torch.index_select(table, 0, packed.int(), out=out.view(-1, 8))
 
@@ -156,16 +160,18 @@ class Gaussian:
 
     entries_per_block = 4
     packed_per_block = 4
-    packed_bytes_per_entry = 4
+    packed_bytes_per_entry = 4.0
 
-    def pack(self, directions, parameter_name, start, stop, device) -> Tensor:
+    def pack(
+        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
+    ) -> Tensor:
         parts = [
             _box_muller(blocks(directions, parameter_name, start + a, start + b, device))
             for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions)))
         ]
         return torch.cat(parts, dim=1)  # (G, 4 K)
 
-    def unpack_(self, out, packed, scale) -> None:
+    def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
         torch.mul(packed.to(out.dtype), scale, out=out)
 
 

@@ -8,7 +8,8 @@ import contextlib
 import functools
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import seed_worker
 
 from .cards import model_card
-from .config import FLOAT16, SHARDING, check, complete_, refuse, refuse_with_ranks, turn_off_
+from .config import FLOAT16, SHARDING, ZOOConfig, check, complete_, refuse, refuse_with_ranks, turn_off_
 from .distributed import alone, broadcast_, exchange, same_batches, share
 from .estimators import ESTIMATORS, Estimate, Estimator
 from .noise import Direction, check_names, dropout_seed
@@ -33,7 +34,13 @@ logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 
 
-class ZOOTrainerMixin:
+if TYPE_CHECKING:
+    Base = Trainer  # what the mixin is mixed into
+else:
+    Base = object
+
+
+class ZOOTrainerMixin(Base):
     """Makes a subclass of `transformers.Trainer` zero-order: `class ZOOSFTTrainer(ZOOTrainerMixin, SFTTrainer)`.
 
     Its arguments are a `ZOOConfig`, another class with `ZOOArguments` mixed in, or plain training arguments, which
@@ -43,8 +50,11 @@ class ZOOTrainerMixin:
         ValueError: at construction, for what a zero-order run cannot do; it says what to do instead.
     """
 
+    args: ZOOConfig
+    optimizer: Any  # an Update, within accelerate's wrapper while training
+
     def __init__(self, *args: Any, **kwargs: Any):
-        self.update: Update | None = None
+        self.update: Any = None  # an Update, once the optimizer is made
         self._losses: Tensor | float = 0.0  # of the members, over the micro-batches so far
         self._estimates: list[Estimate] = []  # since the last log, as are the next two
         self._probes, self._seconds = 0, 0.0
@@ -132,7 +142,7 @@ class ZOOTrainerMixin:
         return ESTIMATORS[self.args.estimator](self.args.smoothing_radius, self.args.distribution)
 
     def _objective(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Objective:
-        masks = contextlib.nullcontext
+        masks: Callable[[], Any] = contextlib.nullcontext
         if self.args.dropout:
             seed = dropout_seed(self.args.seed, self.state.global_step)
             masks = functools.partial(seeded, seed, self.args.device)
@@ -140,7 +150,8 @@ class ZOOTrainerMixin:
         def objective() -> Tensor:
             # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
             with masks(), self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            return loss  # type: ignore[return-value]  # outputs come along only where they are asked for
 
         return objective
 
@@ -172,16 +183,16 @@ class ZOOTrainerMixin:
         # evaluate() returns what the Trainer adds (the epoch), but not ours: a search would sum it into its objective
         logs.update({name: value for name, value in entry.items() if name not in extra})
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 · tokens · weights for every forward pass; the Trainer counts 6, for one forward and one backward pass."""
         members = self._estimator().members([Direction(self.args.seed, 0, i) for i in range(self.args.num_directions)])
-        return super().floating_point_ops(inputs) * len(members) / 3
+        return super().floating_point_ops(inputs) * len(members) // 3
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Examples an update: ranks see the same batch, so their number does not count."""
         return super().get_total_train_batch_size(args) // self.accelerator.num_processes
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]  # by name, as all callers do
         """Write `README.md` in the output directory: the model, the run and its figures."""
         if self.is_world_process_zero():
             model_card(self, **kwargs).save(f"{self.args.output_dir}/README.md")
@@ -200,7 +211,7 @@ class ZOOTrainer(ZOOTrainerMixin, Trainer):
     """
 
 
-def prepare_(model: nn.Module, args: Any) -> None:
+def prepare_(model: Any, args: Any) -> None:
     """Tag the model, and switch off, with a log line each, what is of no use or harm to probes."""
     # the flag that transformers sets on each module it checkpoints; its methods change names with the version
     checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]

@@ -88,7 +88,7 @@ class Update(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss to return
         """Apply the held estimate and drop it."""
         assert closure is None, "An estimate is applied, and no loss evaluated again."
         assert self.estimate is not None, "`hold` an estimate before `step`."

@@ -18,9 +18,11 @@ class CompiledRademacher(Rademacher):
     Parameters much smaller than a call waste most of it: this is for models of millions of weights.
     """
 
-    def pack(self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device) -> Tensor:
+    def pack(
+        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
+    ) -> Tensor:
         packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
-        words = _compiled(torch.device(device))
+        words = _compiled(device)
         for row, (seed, step, index) in zip(packed, directions, strict=True):
             for first in range(start, stop, COMPILED_BLOCKS):
                 name = torch.tensor([first, parameter_id(parameter_name), step, seed, index], device=device)
