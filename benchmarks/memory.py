@@ -63,13 +63,13 @@ def measure(mode: str, context: int) -> dict[str, float]:
     trainer = ZOOTrainer(model, args)
     ids = torch.randint(0, 256, (1, context), device=args.device)
     batch = {"input_ids": ids, "labels": ids}
+    trainer.create_optimizer()
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
     reset_peak()
     if mode == "inference":
         with torch.inference_mode():
             model.eval()(**batch)
     elif mode == "zoo":
-        trainer.create_optimizer()
-        trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
         trainer.training_step(model, batch, torch.tensor(context - 1))
         trainer.optimizer.step()
     else:

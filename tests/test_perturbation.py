@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from zoo_hf.noise import Direction, entries
-from zoo_hf.perturbation import HELD_BYTES, Member, perturbed, probe, probing_mode, seeded, share_moved
+from zoo_hf.noise import PACKED_BYTES, Direction, entries
+from zoo_hf.perturbation import Member, perturbed, probe, probing_mode, seeded, share_moved
 
 
 DIRECTIONS = [Direction(seed=1, step=2, index=i) for i in range(3)]
@@ -53,8 +53,8 @@ def test_a_member_is_theta_plus_epsilon_z_rounded_once_and_theta_returns_bit_for
 
 @BOTH
 def test_noise_held_for_several_directions_equals_noise_made_for_each(rng, distribution):
-    large = {"w": torch.randn(HELD_BYTES, generator=rng)}  # one direction of it is held (signs) or none (normals)
-    target = torch.randn(HELD_BYTES, generator=rng)
+    large = {"w": torch.randn(PACKED_BYTES, generator=rng)}  # one direction of it is held (signs) or none (normals)
+    target = torch.randn(PACKED_BYTES, generator=rng)
     together = probe(lambda: large["w"] @ target, large, PAIRS, 0.1, distribution=distribution)
     alone = [probe(lambda: large["w"] @ target, large, [member], 0.1, distribution=distribution) for member in PAIRS]
     assert torch.equal(together, torch.cat(alone))

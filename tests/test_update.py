@@ -54,7 +54,8 @@ def test_gradient_is_the_mean_of_coefficients_times_directions(rng, distribution
 def test_gradient_of_many_directions_does_not_depend_on_how_the_work_is_cut(rng, monkeypatch):
     estimate, parameter = an_estimate(rng, n=100), torch.zeros(20_000)
     whole = gradient(estimate, "w", parameter)
-    monkeypatch.setattr("zoo_hf.update.PHILOX_BLOCKS", 640)
+    monkeypatch.setattr("zoo_hf.noise.PHILOX_BLOCKS", 640)
+    monkeypatch.setattr("zoo_hf.noise.PACKED_BYTES", 1 << 13)
     monkeypatch.setattr("zoo_hf.update.CHUNK", 1 << 10)
     assert torch.equal(gradient(estimate, "w", parameter), whole)
 

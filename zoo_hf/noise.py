@@ -26,8 +26,10 @@ MASK = 0xFFFFFFFF
 
 PURPOSE_ENTRIES, PURPOSE_DROPOUT = 0, 4  # what a stream is for; no two purposes share a counter
 
-PHILOX_BLOCKS = 1 << 16  # made in one call: long enough for two threads, short enough for the cache
-CHUNK = 1 << 18  # entries unpacked at once: 1 MiB of float32, which stays in the cache
+# what is made at once: much to save calls, little to stay in the cache and in the memory of inference
+PHILOX_BLOCKS = 1 << 14  # 1 MiB while they are made
+PACKED_BYTES = 1 << 20
+CHUNK = 1 << 18  # entries unpacked, 1 MiB of float32
 
 
 class Direction(NamedTuple):
@@ -67,24 +69,24 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     References:
         Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. (Philox4x32-10)
     """
+    counter, key = counter.to(torch.int64), key.to(torch.int64)
     shape = torch.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
-    words = [word.expand(shape).to(torch.int64, copy=True) for word in counter.unbind(-1)]
-    philox_(words, key.to(torch.int64))
-    return torch.stack(words, dim=-1)
+    words = philox_words(counter.unbind(-1), key.unbind(-1))
+    return torch.stack([word.expand(shape) for word in words], dim=-1)
 
 
-def philox_(words: list[Tensor], key: Tensor) -> None:
-    """Replace the four words of every counter, int64 (…) each, by its random words; `key` is (…, 2)."""
-    c0, c1, c2, c3 = words
-    k0, k1 = key.unbind(-1)
+def philox_words(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """`philox4x32` word by word: four int64 tensors from four of the counter and two of the key, broadcast.
+
+    What the counters share should stay of size one: the first rounds then cost next to nothing.
+    """
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        # the shift is arithmetic, so the high word needs its mask as much as the low one
-        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_and_(MASK).bitwise_xor_(c1).bitwise_xor_(k0)
-        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_and_(MASK).bitwise_xor_(c3).bitwise_xor_(k1)
-        torch.bitwise_and(p1, MASK, out=c1)
-        torch.bitwise_and(p0, MASK, out=c3)
+        # masked last: the shift is arithmetic, and of a product taken over whole only the low word counts
+        c0, c1, c2, c3 = (p1 >> 32 ^ c1 ^ k0) & MASK, p1, (p0 >> 32 ^ c3 ^ k1) & MASK, p0
         k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
+    return [c0, c1 & MASK, c2, c3 & MASK]
 
 
 def parameter_id(name: str) -> int:
@@ -115,16 +117,10 @@ def blocks(
     directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
 ) -> list[Tensor]:
     """The four words of blocks start … stop − 1 for every direction, int64 (G, K) each."""
-    shape = (len(directions), stop - start)
-    names = torch.tensor(directions, dtype=torch.int64, device=device)  # (G, 3)
-    words = [
-        torch.arange(start, stop, device=device).expand(shape).contiguous(),
-        torch.full(shape, PURPOSE_ENTRIES, device=device),
-        torch.full(shape, parameter_id(parameter_name), device=device),
-        names[:, 1, None].expand(shape).contiguous(),
-    ]
-    philox_(words, names[:, None, ::2])
-    return words
+    seed, step, index = torch.tensor(directions, dtype=torch.int64, device=device).T[..., None]  # (G, 1) each
+    number = torch.arange(start, stop, device=device)  # (K)
+    constants = torch.tensor([PURPOSE_ENTRIES, parameter_id(parameter_name)], device=device)
+    return philox_words([number, *constants, step], [seed, index])
 
 
 class Rademacher:
@@ -165,11 +161,10 @@ class Gaussian:
     def pack(
         self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
     ) -> Tensor:
-        parts = [
-            _box_muller(blocks(directions, parameter_name, start + a, start + b, device))
-            for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions)))
-        ]
-        return torch.cat(parts, dim=1)  # (G, 4 K)
+        packed = torch.empty(len(directions), stop - start, 4, dtype=torch.float32, device=device)  # (G, K, 4)
+        for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions))):
+            packed[:, a:b] = _box_muller(blocks(directions, parameter_name, start + a, start + b, device))
+        return packed.flatten(1)  # (G, 4 K)
 
     def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
         torch.mul(packed.to(out.dtype), scale, out=out)
@@ -207,11 +202,17 @@ def entries(
     size, length = kind.entries_per_block, kind.packed_per_block
     first, last = start // size, -(-stop // size)
     whole = torch.empty((last - first) * size, dtype=dtype, device=device)
-    for a, b in spans(last - first, PHILOX_BLOCKS):
+    for a, b in spans(last - first, blocks_held(kind, 1)):
         packed = kind.pack([direction], parameter_name, first + a, first + b, device)[0]
         for c, d in spans(b - a, CHUNK // size):
             kind.unpack_(whole[(a + c) * size : (a + d) * size], packed[c * length : d * length], 1.0)
     return whole[start - first * size : stop - first * size]
+
+
+def blocks_held(distribution: Distribution, directions: int) -> int:
+    """Blocks whose packed noise, for so many directions, takes PACKED_BYTES; at least one."""
+    size = distribution.entries_per_block * distribution.packed_bytes_per_entry * directions
+    return max(1, int(PACKED_BYTES / size))
 
 
 def spans(total: int, length: int) -> Iterator[tuple[int, int]]:
@@ -228,10 +229,10 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _box_muller(words: list[Tensor]) -> Tensor:
-    """Normals (G, 4 K) from four words (G, K)."""
+    """Normals (G, K, 4) from four words (G, K)."""
     normals = []
     for first, second in (words[:2], words[2:]):
         radius = ((first + 1).float() * 2.0**-32).log_().mul_(-2).sqrt_()
         angle = second.float() * (2 * torch.pi * 2.0**-32)
         normals += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(normals, dim=-1).flatten(1)
+    return torch.stack(normals, dim=-1)

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import CHUNK, DISTRIBUTIONS, Direction, Distribution, spans
+from .noise import CHUNK, DISTRIBUTIONS, PACKED_BYTES, Direction, Distribution, spans
 
 
 Objective = Callable[[], Tensor]
 Parameters = dict[str, Tensor]
 
-HELD_BYTES = 2 << 20  # packed noise that may be kept between the two members of a pair, or a share of the weights:
-HELD_SHARE = 1 / 20
+HELD_SHARE = 1 / 20  # of the weights' memory that packed noise may take between the two members of a pair
 
 
 class Member(NamedTuple):
@@ -100,9 +99,9 @@ class Piece(NamedTuple):
 class Displacement:
     """Writes θ + s z into the weights, for one direction after another.
 
-    Weights are written in groups of pieces, whose noise is made and unpacked in one call each. Packed noise of the
-    next few directions is held, as many as fit into 2 MiB or a twentieth of the weights, so that the two members of a
-    pair share it; where not even one fits, it is made again.
+    Weights are written in groups of pieces whose noise is unpacked in one call. Packed noise of the next few
+    directions is held, as many as fit into 1 MiB or a twentieth of the weights, so that the two members of a pair
+    share it; where not even one fits, it is made again.
 
     Arguments:
         parameters: name → weight, contiguous, to be written.
@@ -113,19 +112,25 @@ class Displacement:
     def __init__(
         self, parameters: Parameters, saved: Parameters, distribution: Distribution, directions: Sequence[Direction]
     ):
-        self.distribution = distribution
+        self.distribution, self.saved = distribution, saved
         self.groups = list(_groups(parameters, saved))
         self.order = list(dict.fromkeys(directions))
-        room = max(HELD_BYTES, HELD_SHARE * sum(p.numel() * p.element_size() for p in parameters.values()))
-        numel = sum(p.numel() for p in parameters.values())
+        room = max(PACKED_BYTES, HELD_SHARE * sum(p.numel() * p.element_size() for p in saved.values()))
+        numel = sum(p.numel() for p in saved.values())
         self.capacity = int(room / max(1, numel * distribution.packed_bytes_per_entry))
-        self.held: dict[Direction, int] = {}  # direction → its row in the packed noise of every group
-        self.packed: dict[int, Tensor] = {}  # group → (G, …)
+        self.held: dict[Direction, int] = {}  # direction → its row in the packed noise
+        self.packed: list[Tensor] = []  # of each group, (G, …)
 
     def write_(self, direction: Direction, scale: float) -> None:
         """Write θ + scale · z, summed in float32 at least and rounded once to each weight's dtype."""
+        if self.capacity and direction not in self.held:
+            at = self.order.index(direction)
+            self._hold(self.order[at : at + self.capacity])
         for number, group in enumerate(self.groups):
-            packed = self._packed(direction, number)
+            if self.capacity:
+                packed = self.packed[number][self.held[direction]]
+            else:
+                packed = torch.cat([self._pack([direction], piece) for piece in group], dim=1)[0]
             entries = len(packed) // self.distribution.packed_per_block * self.distribution.entries_per_block
             dtype = torch.promote_types(group[0].weights.dtype, torch.float32)
             noise = torch.empty(entries, dtype=dtype, device=packed.device)
@@ -135,24 +140,28 @@ class Displacement:
                 torch.add(saved, noise[place : place + len(weights)], out=weights)
                 place += self._blocks(len(weights)) * self.distribution.entries_per_block
 
-    def _packed(self, direction: Direction, number: int) -> Tensor:
-        if not self.capacity:
-            return self._pack([direction], self.groups[number])[0]
-        if direction not in self.held:
-            at = self.order.index(direction)
-            self.held = {held: row for row, held in enumerate(self.order[at : at + self.capacity])}
-            self.packed = {}
-        if number not in self.packed:
-            self.packed[number] = self._pack(list(self.held), self.groups[number])
-        return self.packed[number][self.held[direction]]
+    def _hold(self, directions: Sequence[Direction]) -> None:
+        """Pack the noise of these directions, one parameter after the other, as its groups will want it."""
+        self.packed = []  # freed before the next is made
+        whole = {
+            name: self.distribution.pack(directions, name, 0, self._blocks(saved.numel()), saved.device)
+            for name, saved in self.saved.items()
+        }
+        self.held = {direction: row for row, direction in enumerate(directions)}
+        for group in self.groups:
+            parts = [whole[piece.name][:, self._places(piece)] for piece in group]
+            self.packed.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
-    def _pack(self, directions: Sequence[Direction], group: list[Piece]) -> Tensor:
-        parts = []
-        for weights, _, name, start in group:
-            first = start // self.distribution.entries_per_block
-            last = first + self._blocks(len(weights))
-            parts.append(self.distribution.pack(directions, name, first, last, weights.device))
-        return torch.cat(parts, dim=1)
+    def _pack(self, directions: Sequence[Direction], piece: Piece) -> Tensor:
+        first = piece.start // self.distribution.entries_per_block
+        last = first + self._blocks(len(piece.weights))
+        return self.distribution.pack(directions, piece.name, first, last, piece.weights.device)
+
+    def _places(self, piece: Piece) -> slice:
+        """Where the piece's packed noise stands in that of its parameter."""
+        first = piece.start // self.distribution.entries_per_block
+        last = first + self._blocks(len(piece.weights))
+        return slice(first * self.distribution.packed_per_block, last * self.distribution.packed_per_block)
 
     def _blocks(self, numel: int) -> int:
         return -(-numel // self.distribution.entries_per_block)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate
-from .noise import CHUNK, DISTRIBUTIONS, PHILOX_BLOCKS, check_names, spans
+from .noise import CHUNK, DISTRIBUTIONS, blocks_held, check_names, spans
 
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
@@ -41,7 +41,7 @@ def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
     size, length = distribution.entries_per_block, distribution.packed_per_block
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    for a, b in spans(-(-parameter.numel() // size), max(1, PHILOX_BLOCKS // len(directions))):
+    for a, b in spans(-(-parameter.numel() // size), blocks_held(distribution, len(directions))):
         packed = distribution.pack(directions, name, a, b, parameter.device)  # (m, …)
         for first, last in spans(b - a, CHUNK // size):
             part = total[(a + first) * size : (a + last) * size]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..noise import DISTRIBUTIONS, PURPOSE_ENTRIES, Direction, Rademacher, parameter_id, philox_
+from ..noise import DISTRIBUTIONS, PURPOSE_ENTRIES, Direction, Rademacher, parameter_id, philox_words
 
 
 COMPILED_BLOCKS = 1 << 13  # one size for every call, so that one compilation serves all parameters
@@ -48,7 +48,5 @@ def _words(name: Tensor) -> Tensor:
     """Words of 8,192 blocks, (K, 4) int32, from (first block, parameter id, step, seed, direction index)."""
     first, parameter, step, seed, index = name.unbind()
     number = torch.arange(COMPILED_BLOCKS, device=name.device) + first
-    words = [number, torch.full_like(number, PURPOSE_ENTRIES), parameter.expand_as(number), step.expand_as(number)]
-    words = [word.clone() for word in words]
-    philox_(words, torch.stack([seed, index]))
+    words = philox_words([number, torch.full_like(parameter, PURPOSE_ENTRIES), parameter, step], [seed, index])
     return torch.stack(words, dim=-1).to(torch.int32)
