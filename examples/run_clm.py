@@ -1,0 +1,330 @@
+r"""Trains a causal language model on text without backpropagation.
+
+    python examples/run_clm.py
+
+trains a small LSTM on CPython's own documentation, byte by byte, and writes the model, its tokenizer, a plot of the
+loss and a model card to `outputs/lstm-python-docs`. On text and a model of your choice:
+
+    python examples/run_clm.py --train_file notes.txt --do_train --do_eval --output_dir outputs/notes \
+        --config_overrides cell_type=gru,hidden_size=128
+
+Several processes share the work: `accelerate launch examples/run_clm.py` on GPUs, and on one CPU
+`accelerate launch --multi_gpu --num_processes 2 examples/run_clm.py --use_cpu`. All arguments may stand in a JSON file
+instead: `python examples/run_clm.py job.json`. `--help` lists them.
+"""
+
+import json
+import logging
+import math
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    default_data_collator,
+    set_seed,
+)
+
+from zoo_hf import ZOOConfig, ZOOTrainer
+from zoo_hf.callbacks import LossPlotCallback
+from zoo_hf.tasks import bits_per_byte, byte_tokenizer, python_documentation, token_blocks
+
+
+# The job that runs when no text is named: these take the place of the arguments' defaults.
+MAIN_JOB: dict[str, Any] = {
+    "output_dir": "outputs/lstm-python-docs",
+    "do_train": True,
+    "do_eval": True,
+    "block_size": 32,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 128,
+    "max_steps": 1500,
+    "logging_steps": 10,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+    "eval_on_start": True,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+    "num_threads": 1,  # a model this small gains nothing from a second thread, and loses much by waiting for it
+}
+
+LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PROMPT, SAMPLE_TOKENS = "The ", 200
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, and with which tokenizer."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model to fine-tune: a Hub name or a folder. Unset: train from scratch."},
+    )
+    model_type: str = field(
+        default="zoo_rnn", metadata={"help": "Kind of model to train from scratch, such as zoo_rnn, gpt2 or mamba."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a new model: a Hub name or a folder."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Changes to the configuration of a new model: cell_type=gru,hidden_size=128."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "A Hub name or a folder. Unset: the model's, or one token a byte."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for what comes from the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token; unset: that of `hf auth login`."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model or data set."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Type of the weights; auto: as they were saved, float32 when new."}
+    )
+    num_threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of a process; unset: torch's choice."}
+    )
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What every `from_pretrained` is called with."""
+        names = {"cache_dir": self.cache_dir, "revision": self.model_revision, "token": self.token}
+        return names | {"trust_remote_code": self.trust_remote_code}
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which text is trained and evaluated on, and how it is cut."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_file: str | None = field(default=None, metadata={"help": "Text to train on: .txt, .csv, .jsonl, .parquet."})
+    validation_file: str | None = field(default=None, metadata={"help": "Text to evaluate on, of the same kind."})
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "Share of the end of the training text to evaluate on if there is no other."}
+    )
+    block_size: int = field(default=128, metadata={"help": "Tokens in an example; the text is cut into such blocks."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many blocks at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many blocks at most."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training; needs --max_steps."})
+    keep_linebreaks: bool = field(default=True, metadata={"help": "Keep the ends of lines of .txt files."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew what was tokenized before."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train anew into a folder that already holds a model."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and (self.train_file or self.validation_file):
+            raise ValueError("Give either --dataset_name or --train_file and --validation_file, not both.")
+        if self.validation_file and not self.train_file:
+            raise ValueError("--validation_file needs --train_file beside it; they may be the same file.")
+        for flag, name in (("train_file", self.train_file), ("validation_file", self.validation_file)):
+            if name and not Path(name).is_file():
+                raise ValueError(f"--{flag} {name}: there is no such file.")
+            if name and Path(name).suffix not in LOADERS:
+                raise ValueError(f"--{flag} {name}: the name must end in one of {', '.join(LOADERS)}.")
+
+    @property
+    def title(self) -> str:
+        """Name of the text, for the model card."""
+        return self.dataset_name or (Path(self.train_file).name if self.train_file else "CPython's documentation")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows defaults, and this script's docstring as it is."""
+
+
+def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataTrainingArguments, ZOOConfig]:
+    """The arguments of the command line, or of the JSON file it names; those of `MAIN_JOB` where no text is named."""
+    kinds = (ModelArguments, DataTrainingArguments, ZOOConfig)
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        given = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+        return parser.parse_dict(given if names_text(given) else MAIN_JOB | given)
+    if not names_text(vars(parser.parse_args(arguments))):
+        parser.set_defaults(**MAIN_JOB)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def names_text(given: dict[str, Any]) -> bool:
+    return any(given.get(name) for name in ("dataset_name", "train_file", "validation_file"))
+
+
+def check_output(data_args: DataTrainingArguments, args: ZOOConfig) -> None:
+    """Refuse to do nothing, and to train over another run's results unless told to."""
+    if not (args.do_train or args.do_eval):
+        raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
+    output = Path(args.output_dir)
+    taken = (output / "config.json").exists() or any(output.glob("checkpoint-*"))
+    allowed = data_args.overwrite_output_dir or args.resume_from_checkpoint
+    if args.do_train and taken and not allowed and args.output_dir != MAIN_JOB["output_dir"]:
+        raise ValueError(
+            f"--output_dir {output} holds a trained model: add --resume_from_checkpoint last to go on with it, "
+            "--overwrite_output_dir to train over it, or choose another --output_dir."
+        )
+
+
+def load_text(data_args: DataTrainingArguments, model_args: ModelArguments) -> dict[str, Any]:
+    """The text as rows, in a split `train` and, if it has one, a split `validation`."""
+    source: dict[str, Any] = {"path": data_args.dataset_name, "name": data_args.dataset_config_name}
+    if data_args.train_file:
+        loader = LOADERS[Path(data_args.train_file).suffix]
+        files = {"train": data_args.train_file, "validation": data_args.validation_file}
+        source = {"path": loader, "data_files": {split: name for split, name in files.items() if name}}
+        source |= {"keep_linebreaks": data_args.keep_linebreaks} if loader == "text" else {}
+    if not source["path"]:
+        return python_documentation(data_args.validation_split_percentage)
+    hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    splits = datasets.load_dataset(**source, **hub, streaming=data_args.streaming)
+    return type(splits)({name: splits[name] for name in ("train", "validation") if name in splits})
+
+
+def load_blocks(data_args: DataTrainingArguments, model_args: ModelArguments, tokenizer: Any) -> dict[str, Any]:
+    """The splits `train` and `validation` as blocks of tokens."""
+    size = data_args.block_size
+    blocks = token_blocks(
+        load_text(data_args, model_args),
+        tokenizer,
+        size,
+        num_proc=data_args.preprocessing_num_workers,
+        load_from_cache_file=not data_args.overwrite_cache,
+    )
+    if "validation" not in blocks:
+        if data_args.streaming:
+            raise ValueError("--streaming cannot split a text before it is read: add --validation_file.")
+        share = data_args.validation_split_percentage / 100
+        cut = round(len(blocks["train"]) * (1 - share))
+        ranges = {"train": range(cut), "validation": range(cut, len(blocks["train"]))}
+        blocks = {name: blocks["train"].select(rows) for name, rows in ranges.items()}
+    for name, most in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+        if most is not None:
+            blocks[name] = blocks[name].take(most)
+        if next(iter(blocks[name]), None) is None:
+            raise ValueError(f"--block_size {size} is longer than the {name} text: give a smaller size or more text.")
+    return blocks
+
+
+def load_tokenizer(model_args: ModelArguments) -> Any:
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    return AutoTokenizer.from_pretrained(name, **model_args.hub) if name else byte_tokenizer()
+
+
+def load_model(model_args: ModelArguments, tokenizer: Any) -> Any:
+    """A trained model to fine-tune, or a new one whose vocabulary is the tokenizer's."""
+    if model_args.model_name_or_path:
+        name, dtype = model_args.model_name_or_path, model_args.dtype
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_args.hub)
+    if model_args.config_name:
+        config = AutoConfig.from_pretrained(model_args.config_name, **model_args.hub)
+    elif model_args.model_type in (known := [config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING]):
+        config = CONFIG_MAPPING[model_args.model_type]()
+    else:
+        raise ValueError(f"--model_type {model_args.model_type} is unknown; choose from {', '.join(known)}.")
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    if model_args.config_overrides:
+        config.update_from_string(model_args.config_overrides)
+        config = type(config).from_dict(config.to_dict())  # checks the values
+    dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
+    trust = model_args.trust_remote_code
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+
+
+def longest_context(model: Any) -> float:
+    """In tokens; recurrent models have no limit, and no such field."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def sample(trainer: ZOOTrainer, tokenizer: Any) -> str:
+    """What the model writes after `PROMPT`, unprintable characters as dots. No generator of the run is advanced."""
+    model = trainer.model.eval()
+    prompt = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    tokens = min(SAMPLE_TOKENS, longest_context(model) - prompt["input_ids"].shape[1])
+    length = {"min_new_tokens": tokens, "max_new_tokens": tokens, "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(trainer.args.seed)
+        written = model.generate(**prompt, **length, do_sample=True, use_cache=True)[0]
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in tokenizer.decode(written))
+
+
+def finish(trainer: ZOOTrainer, data_args: DataTrainingArguments, tokenizer: Any, metrics: dict[str, float]) -> None:
+    """Write or push the card, and say what came out and where it is."""
+    args = trainer.args
+    card = {"dataset": data_args.title, "dataset_tags": data_args.dataset_name}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif args.do_train:
+        trainer.create_model_card(**card)
+    if trainer.is_world_process_zero():
+        print(f"\nIt writes now:\n\n{sample(trainer, tokenizer)}\n")
+        print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        if args.do_train:
+            print(f"Model, tokenizer, README.md (model card) and loss.png are in {Path(args.output_dir).resolve()}")
+
+
+def set_up_logging(args: ZOOConfig) -> None:
+    """Warnings and progress of the first process, errors of the others."""
+    first = args.process_index == 0
+    level = logging.WARNING if first else logging.ERROR
+    logging.basicConfig(level=level)
+    transformers.utils.logging.set_verbosity(level)
+    datasets.utils.logging.set_verbosity(level)
+    if not first:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    model_args, data_args, args = parse_arguments(sys.argv[1:])
+    check_output(data_args, args)
+    set_up_logging(args)
+    if model_args.num_threads:
+        torch.set_num_threads(model_args.num_threads)
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(model_args)
+    with args.main_process_first(desc="cutting the text into blocks"):
+        blocks = load_blocks(data_args, model_args, tokenizer)
+    model = load_model(model_args, tokenizer)
+    if data_args.block_size > longest_context(model):
+        raise ValueError(
+            f"--block_size must be at most the model's {longest_context(model)}, not {data_args.block_size}."
+        )
+    trainer = ZOOTrainer(
+        model=model,
+        args=args,
+        train_dataset=blocks["train"] if args.do_train else None,
+        eval_dataset=blocks["validation"],
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[LossPlotCallback()] if args.do_train else [],
+    )
+    if trainer.is_world_process_zero():
+        print(f"{trainer.model.num_parameters():,} weights. They write:\n\n{sample(trainer, tokenizer)}\n")
+    if args.do_train:
+        checkpoint: Any = args.resume_from_checkpoint
+        result = trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    figures: dict[str, float] = {}
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        loss = metrics["eval_loss"]
+        figures = {"validation loss (nats a token)": loss, "perplexity": math.exp(loss)}
+        figures["bits a byte"] = bits_per_byte(loss, blocks["validation"], tokenizer)
+        trainer.save_metrics("eval", metrics | figures)
+    finish(trainer, data_args, tokenizer, figures)
+
+
+if __name__ == "__main__":
+    main()

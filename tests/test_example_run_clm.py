@@ -1,0 +1,171 @@
+"""examples/run_clm.py does what it says: in two steps, on tiny models, and with errors that say what to do."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from zoo_hf.tasks import byte_tokenizer
+
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "run_clm.py"
+TWO_STEPS = ["--max_steps", "2", "--eval_steps", "1", "--logging_steps", "1", "--num_directions", "2", "--use_cpu"]
+SMALL = ["--config_overrides", "embedding_size=8,hidden_size=8", "--max_eval_samples", "4"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    specification = importlib.util.spec_from_file_location("run_clm", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["run_clm"] = module  # HfArgumentParser looks the module of a dataclass up
+    specification.loader.exec_module(module)
+    yield module
+    del sys.modules["run_clm"]
+
+
+@pytest.fixture
+def run(script, monkeypatch):
+    """Runs the script in this process, with these arguments."""
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        script.main()
+
+    verbosity = transformers_logging.get_verbosity()
+    yield run
+    transformers_logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"Line {number} of a text with an é.\n" for number in range(200)), encoding="utf-8")
+    return path
+
+
+def test_without_a_text_it_trains_on_pythons_documentation_and_writes_all_it_promises(run, tmp_path, capsys):
+    run("--output_dir", tmp_path, *TWO_STEPS, *SMALL)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert model.config.vocab_size == len(tokenizer) == 256
+    assert tokenizer.decode(tokenizer("naïve")["input_ids"]) == "naïve"
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 1, 2]
+    assert [entry["forward_passes"] for entry in history if "loss" in entry] == [4, 8]
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["bits a byte"] == pytest.approx(results["eval_loss"] / torch.log(torch.tensor(2.0)).item())
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "CPython's documentation" in card
+    assert f"| {results['eval_loss']:.4g} |" in card
+    printed = capsys.readouterr().out
+    assert printed.count("\nThe ") == 2, "a sample before and one after"
+    assert str(tmp_path) in printed
+
+
+def test_two_processes_print_once_and_end_with_the_weights_of_one(run, tmp_path):
+    run("--output_dir", tmp_path / "one", *TWO_STEPS, *SMALL)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    arguments = ["--output_dir", str(tmp_path / "two"), *TWO_STEPS, *SMALL]
+    done = subprocess.run([*launch, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("It writes now:") == 1
+    assert "| processes | 2 |" in (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
+def test_its_arguments_may_stand_in_a_json_file(run, script, text_file, tmp_path):
+    arguments = {"train_file": str(text_file), "do_eval": True, "output_dir": str(tmp_path / "out"), "block_size": 16}
+    (tmp_path / "job.json").write_text(json.dumps(arguments))
+    _, data_args, args = script.parse_arguments([str(tmp_path / "job.json")])
+    assert (data_args.block_size, args.do_train, args.max_steps) == (16, False, -1), (
+        "the main job's values are not used"
+    )
+    (tmp_path / "job.json").write_text(json.dumps({"max_steps": 7}))
+    _, data_args, args = script.parse_arguments([str(tmp_path / "job.json")])
+    assert (data_args.block_size, args.do_train, args.max_steps) == (script.MAIN_JOB["block_size"], True, 7)
+
+
+def test_it_trains_another_kind_of_model_on_a_file_and_keeps_its_end_to_evaluate_on(run, script, text_file, tmp_path):
+    sizes = "n_embd=8,n_layer=1,n_head=2,n_positions=64"
+    run(
+        *("--train_file", text_file, "--model_type", "gpt2", "--config_overrides", sizes, "--block_size", 32),
+        *("--do_train", "--do_eval", "--output_dir", tmp_path / "out", *TWO_STEPS),
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.model_type, model.config.n_embd, model.config.eos_token_id) == ("gpt2", 8, 255)
+    data_args = script.DataTrainingArguments(train_file=str(text_file), block_size=32, validation_split_percentage=25)
+    blocks = script.load_blocks(data_args, script.ModelArguments(), byte_tokenizer())
+    ids = [token for split in ("train", "validation") for row in blocks[split] for token in row["input_ids"]]
+    text = text_file.read_bytes()
+    assert bytes(ids) == text[: len(ids)]
+    assert len(blocks["validation"]) == round(len(text) // 32 / 4)
+
+
+def test_it_goes_on_from_the_last_checkpoint_as_if_it_had_not_stopped(run, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    constant = ["--lr_scheduler_type", "constant", "--num_directions", "2", "--use_cpu", *SMALL]
+    run("--output_dir", whole, "--max_steps", 4, *constant)
+    run("--output_dir", stopped, "--max_steps", 2, *constant)
+    run("--output_dir", stopped, "--max_steps", 4, "--resume_from_checkpoint", "last", *constant)
+    one, two = (load_file(path / "model.safetensors") for path in (whole, stopped))
+    torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
+def test_it_evaluates_a_saved_model_on_a_stream_without_changing_its_folder(run, text_file, tmp_path):
+    run("--output_dir", tmp_path / "model", *TWO_STEPS, *SMALL)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    run(
+        *("--model_name_or_path", tmp_path / "model", "--train_file", text_file, "--validation_file", text_file),
+        *("--streaming", "--do_eval", "--max_eval_samples", 4, "--use_cpu", "--output_dir", tmp_path / "model"),
+    )
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    results = json.loads((tmp_path / "model" / "eval_results.json").read_text())
+    assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "x", "--train_file", "x.txt"], "either --dataset_name or --train_file"),
+        (["--train_file", "absent.txt"], r"--train_file absent.txt: there is no such file"),
+        (["--train_file", str(SCRIPT)], r"--train_file .*run_clm.py: the name must end in one of .txt"),
+        (["--validation_file", str(SCRIPT)], "--validation_file needs --train_file"),
+        (["--train_file", str(SCRIPT.parent.parent / "constraints.txt")], "give --do_train, --do_eval or both"),
+        (["--block_size", "1000000"], "--block_size 1000000 is longer than the train text"),
+        (["--model_type", "gpt2", "--config_overrides", "n_embd=12,n_positions=16"], "at most the model's 16, not 32"),
+        (["--model_type", "lstm"], "--model_type lstm is unknown; choose from .*zoo_rnn"),
+    ],
+)
+def test_a_mistake_is_an_error_that_names_the_flag_and_the_remedy(run, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run("--output_dir", tmp_path, "--use_cpu", *arguments)
+
+
+def test_another_runs_model_is_not_overwritten_unless_told_to(run, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        run("--output_dir", tmp_path, *TWO_STEPS, *SMALL)
+    run("--output_dir", tmp_path, "--overwrite_output_dir", *TWO_STEPS, *SMALL)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "zoo_rnn"
+
+
+def test_a_stream_that_has_no_validation_text_is_refused(run, text_file, tmp_path):
+    with pytest.raises(ValueError, match="add --validation_file"):
+        run("--train_file", text_file, "--streaming", "--do_train", "--output_dir", tmp_path, *TWO_STEPS)
+
+
+def test_help_explains_every_flag_of_its_own(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--help"])
+    printed = capsys.readouterr().out
+    assert "trains a small LSTM on CPython's own documentation" in printed
+    for flag in ("--model_name_or_path", "--block_size", "--num_directions", "--smoothing_radius", "--max_steps"):
+        assert flag in printed
