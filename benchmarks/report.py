@@ -1,9 +1,7 @@
 """What the benchmarks share: a table for the terminal, and results as JSON and a plot in `benchmarks/results/`."""
 
 import json
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +10,8 @@ import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
+
+from zoo_hf.cards import hardware, versions
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,28 +31,15 @@ def shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    packages = ("torch", "transformers", "accelerate")
-    return {"device": device, "threads": torch.get_num_threads()} | {name: version(name) for name in packages}
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
-
-
 def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dict]], None]) -> None:
     """Write `<name>.json` and `<name>.png`; a GPU's results get its name, so that they stand beside the CPU's."""
     RESULTS.mkdir(exist_ok=True)
     stem = name + ("_" + torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "")
-    about = machine()
+    about = {"device": hardware()} | versions()
     (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1, ensure_ascii=False))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     plot(axes, rows)
-    axes.set_title(f"{about['device']}, {about['threads']} threads, torch {about['torch']}", fontsize=9)
+    axes.set_title(f"{about['device']}, torch {about['torch']}", fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS / f"{stem}.png", dpi=150)
     print(f"written: {RESULTS / stem}.json, .png")

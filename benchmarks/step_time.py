@@ -4,7 +4,8 @@
     python benchmarks/step_time.py --sizes 0.5M --dtypes float32 --rounds 3
 
 All four run in one process on the same model and batch, in turn (A B C D A B C D …), so that a noisy machine disturbs
-them alike; the table gives medians, and each step's ratio is taken within its round.
+them alike, and each after an untimed forward pass, so that all find the same caches and free memory. The table
+gives medians, and each step's ratio is taken within its round.
 
 - zoo: `ZOOTrainer.training_step` and its optimizer's step (CD-RGE, Rademacher, SGD): probes, restoration, update.
 - floor: the 2n forward passes under `no_grad`, and nothing else.
@@ -54,6 +55,7 @@ def measure(size: str, dtype: str, rounds: int) -> dict[str, object]:
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for round_ in range(rounds + 1):  # the first is a warm-up
         for name in STEPS:
+            steps["settle"]()
             start = time.perf_counter()
             steps[name]()
             if round_:
@@ -70,7 +72,7 @@ def measure(size: str, dtype: str, rounds: int) -> dict[str, object]:
 
 
 def make_steps(model: RNNForCausalLM, batch: dict, directions: int, *, bf16: bool) -> dict[str, Callable[[], None]]:
-    """The four steps; bfloat16 is autocast, as `bf16=True` has it, for all of them."""
+    """The four steps, and one forward pass; bfloat16 is autocast, as `bf16=True` has it, for all of them."""
     args = ZOOConfig(
         tempfile.mkdtemp(),
         num_directions=directions,
@@ -97,6 +99,10 @@ def make_steps(model: RNNForCausalLM, batch: dict, directions: int, *, bf16: boo
         trainer.optimizer.step()
 
     @torch.no_grad()
+    def settle() -> None:
+        loss()
+
+    @torch.no_grad()
     def floor() -> None:
         for _ in range(2 * directions):
             loss()
@@ -121,7 +127,7 @@ def make_steps(model: RNNForCausalLM, batch: dict, directions: int, *, bf16: boo
         sgd.step()
         sgd.zero_grad()
 
-    return {"zoo": zoo, "floor": floor, "mezo": mezo, "bptt": bptt}
+    return {"settle": settle, "zoo": zoo, "floor": floor, "mezo": mezo, "bptt": bptt}
 
 
 def plot(axes, rows: list[dict]) -> None:

@@ -50,7 +50,7 @@ MAIN_JOB: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 128,
     "max_steps": 1500,
-    "logging_steps": 10,
+    "logging_steps": 25,
     "eval_strategy": "steps",
     "eval_steps": 100,
     "eval_on_start": True,

@@ -174,7 +174,7 @@ def hardware() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     processor = models[0] if models else platform.processor() or platform.machine()
-    return f"{processor}, {torch.get_num_threads()} threads"
+    return f"{processor}, {len(models) or 1} cores, of which {torch.get_num_threads()} used"
 
 
 def versions() -> dict[str, str]:

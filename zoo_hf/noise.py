@@ -27,9 +27,10 @@ MASK = 0xFFFFFFFF
 PURPOSE_ENTRIES, PURPOSE_DROPOUT = 0, 4  # what a stream is for; no two purposes share a counter
 
 # what is made at once: much to save calls, little to stay in the cache and in the memory of inference
-PHILOX_BLOCKS = 1 << 14  # 1 MiB while they are made
-PACKED_BYTES = 1 << 20
-CHUNK = 1 << 18  # entries unpacked, 1 MiB of float32
+PHILOX_BLOCKS = 1 << 16  # 4 MiB while they are made
+PACKED_BYTES = 1 << 21
+CHUNK = 1 << 19  # entries unpacked, 2 MiB of float32
+KEPT_BLOCKS = 1 << 14  # packed noise of so few blocks, 256 KiB, is kept for the update; at most 32 of them are
 
 
 class Direction(NamedTuple):
@@ -207,6 +208,32 @@ def entries(
         for c, d in spans(b - a, CHUNK // size):
             kind.unpack_(whole[(a + c) * size : (a + d) * size], packed[c * length : d * length], 1.0)
     return whole[start - first * size : stop - first * size]
+
+
+def packed_noise(
+    distribution: Distribution,
+    directions: Sequence[Direction],
+    parameter_name: str,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> Tensor:
+    """`distribution.pack(…)`; of small parameters, the update is given what was made for the probes."""
+    if len(directions) * (stop - start) > KEPT_BLOCKS:
+        return distribution.pack(directions, parameter_name, start, stop, device)
+    return _pack_once(distribution, tuple(directions), parameter_name, start, stop, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _pack_once(
+    distribution: Distribution,
+    directions: Sequence[Direction],
+    parameter_name: str,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> Tensor:
+    return distribution.pack(directions, parameter_name, start, stop, device)
 
 
 def blocks_held(distribution: Distribution, directions: int) -> int:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import CHUNK, DISTRIBUTIONS, PACKED_BYTES, Direction, Distribution, spans
+from .noise import CHUNK, DISTRIBUTIONS, PACKED_BYTES, Direction, Distribution, packed_noise, spans
 
 
 Objective = Callable[[], Tensor]
@@ -100,7 +100,7 @@ class Displacement:
     """Writes θ + s z into the weights, for one direction after another.
 
     Weights are written in groups of pieces whose noise is unpacked in one call. Packed noise of the next few
-    directions is held, as many as fit into 1 MiB or a twentieth of the weights, so that the two members of a pair
+    directions is held, as many as fit into 2 MiB or a twentieth of the weights, so that the two members of a pair
     share it; where not even one fits, it is made again.
 
     Arguments:
@@ -127,10 +127,7 @@ class Displacement:
             at = self.order.index(direction)
             self._hold(self.order[at : at + self.capacity])
         for number, group in enumerate(self.groups):
-            if self.capacity:
-                packed = self.packed[number][self.held[direction]]
-            else:
-                packed = torch.cat([self._pack([direction], piece) for piece in group], dim=1)[0]
+            packed = self.packed[number][self.held[direction]] if self.capacity else self._pack(direction, group)
             entries = len(packed) // self.distribution.packed_per_block * self.distribution.entries_per_block
             dtype = torch.promote_types(group[0].weights.dtype, torch.float32)
             noise = torch.empty(entries, dtype=dtype, device=packed.device)
@@ -144,24 +141,27 @@ class Displacement:
         """Pack the noise of these directions, one parameter after the other, as its groups will want it."""
         self.packed = []  # freed before the next is made
         whole = {
-            name: self.distribution.pack(directions, name, 0, self._blocks(saved.numel()), saved.device)
+            name: packed_noise(self.distribution, directions, name, 0, self._blocks(saved.numel()), saved.device)
             for name, saved in self.saved.items()
         }
         self.held = {direction: row for row, direction in enumerate(directions)}
+        length = self.distribution.packed_per_block
         for group in self.groups:
-            parts = [whole[piece.name][:, self._places(piece)] for piece in group]
+            spans_ = [(name, *self._span(start, weights)) for weights, _, name, start in group]
+            parts = [whole[name][:, first * length : last * length] for name, first, last in spans_]
             self.packed.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
 
-    def _pack(self, directions: Sequence[Direction], piece: Piece) -> Tensor:
-        first = piece.start // self.distribution.entries_per_block
-        last = first + self._blocks(len(piece.weights))
-        return self.distribution.pack(directions, piece.name, first, last, piece.weights.device)
+    def _pack(self, direction: Direction, group: list[Piece]) -> Tensor:
+        parts = [
+            self.distribution.pack([direction], name, *self._span(start, weights), weights.device)[0]
+            for weights, _, name, start in group
+        ]
+        return torch.cat(parts)
 
-    def _places(self, piece: Piece) -> slice:
-        """Where the piece's packed noise stands in that of its parameter."""
-        first = piece.start // self.distribution.entries_per_block
-        last = first + self._blocks(len(piece.weights))
-        return slice(first * self.distribution.packed_per_block, last * self.distribution.packed_per_block)
+    def _span(self, start: int, weights: Tensor) -> tuple[int, int]:
+        """First block of a piece, and the one after its last."""
+        first = start // self.distribution.entries_per_block
+        return first, first + self._blocks(len(weights))
 
     def _blocks(self, numel: int) -> int:
         return -(-numel // self.distribution.entries_per_block)
@@ -223,6 +223,6 @@ def share_moved(parameters: Parameters, smoothing_radius: float, dtype: torch.dt
     for parameter in parameters.values():
         for start, stop in spans(parameter.numel(), CHUNK):
             weights = parameter.detach().view(-1)[start:stop]
-            displaced = (weights.double() + smoothing_radius).to(weights.dtype).to(dtype or weights.dtype)
+            displaced = (weights + smoothing_radius).to(dtype or weights.dtype)
             moved += int((displaced != weights.to(displaced.dtype)).sum())
     return moved / sum(parameter.numel() for parameter in parameters.values())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate
-from .noise import CHUNK, DISTRIBUTIONS, blocks_held, check_names, spans
+from .noise import CHUNK, DISTRIBUTIONS, blocks_held, check_names, packed_noise, spans
 
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
@@ -42,7 +42,7 @@ def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     for a, b in spans(-(-parameter.numel() // size), blocks_held(distribution, len(directions))):
-        packed = distribution.pack(directions, name, a, b, parameter.device)  # (m, …)
+        packed = packed_noise(distribution, directions, name, a, b, parameter.device)  # (m, …)
         for first, last in spans(b - a, CHUNK // size):
             part = total[(a + first) * size : (a + last) * size]
             noise = torch.empty((last - first) * size, dtype=dtype, device=parameter.device)
@@ -82,8 +82,8 @@ class Update(torch.optim.Optimizer):
 
     def clip_(self, max_norm: float) -> Tensor:
         """Norm of ĝ, a float64 scalar; the next step uses ĝ · min(1, max_norm / norm). Costs a pass over z."""
-        squares = [self._gradient(name).double().square().sum() for name in self.parameters]
-        norm = torch.stack([square.cpu() for square in squares]).sum().sqrt()
+        norms = [torch.linalg.vector_norm(self._gradient(name)).cpu().double() for name in self.parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         self.clip = min(1.0, max_norm / (norm.item() + 1e-6))
         return norm
 
