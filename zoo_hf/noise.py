@@ -12,7 +12,7 @@ References:
 
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,7 +41,7 @@ class Direction(NamedTuple):
     index: int  # type: ignore[assignment]  # the field's own word, although a tuple has a method of that name
 
 
-class Distribution(Protocol):
+class Distribution(Hashable, Protocol):
     """How Philox blocks become entries of z.
 
     An entry has two forms: packed, as small as the noise allows, and unpacked, ready to be added to a weight.
