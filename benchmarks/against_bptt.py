@@ -12,6 +12,7 @@ import tempfile
 import time
 
 import torch
+from datasets import Dataset
 from report import save_results, table
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
@@ -40,6 +41,18 @@ def main() -> None:
         print(rows[-1]["training"], rows[-1]["validation loss"], flush=True)
     print(table([{name: value for name, value in row.items() if name != "curve"} for row in rows]))
     save_results("against_bptt", rows, plot)
+    for split, counted in (("validation", "train"), ("train", "train")):
+        alone, pairs = entropies(blocks[counted], blocks[split])
+        print(f"{split} text, nats a byte, by counts of the training text: bytes {alone:.2f}, pairs {pairs:.2f}")
+
+
+def entropies(counted: Dataset, predicted: Dataset) -> tuple[float, float]:
+    """Cross-entropy of a text under the frequencies of bytes, and of pairs of bytes, in another."""
+    (train, text) = (torch.tensor(blocks["input_ids"][:]).flatten() for blocks in (counted, predicted))
+    pairs = torch.bincount(256 * train[:-1] + train[1:], minlength=256**2).view(256, 256) + 0.01
+    alone = torch.bincount(train, minlength=256) + 0.01
+    following = -(pairs / pairs.sum(1, keepdim=True)).log()[text[:-1], text[1:]].mean()
+    return -(alone / alone.sum()).log()[text].mean().item(), following.item()
 
 
 def arguments(kind: type, steps: int, **changes: float) -> TrainingArguments:
