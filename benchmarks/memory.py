@@ -6,8 +6,8 @@
 Every figure is the peak resident memory of a fresh process while it runs, above what it held before it made the model,
 in MB (10⁶ bytes); on a GPU, `torch.cuda.max_memory_allocated`. float32, batch 1, SGD without momentum; Adam would add
 its two moments, twice the weights, to the last two. Inference runs as many forward passes as the zero-order step, one
-after the other. The C library is told to give freed blocks of 64 KiB and more back at once, so that the peak is that of
-memory in use and not of its hoard. Linux only.
+after the other. The C library is told to give freed blocks of 64 KiB and more back at once, so that the peak is that
+of memory in use and not of its hoard. Linux only.
 """
 
 import argparse
