@@ -169,3 +169,9 @@ def test_help_explains_every_flag_of_its_own(script, capsys):
     assert "trains a small LSTM on CPython's own documentation" in printed
     for flag in ("--model_name_or_path", "--block_size", "--num_directions", "--smoothing_radius", "--max_steps"):
         assert flag in printed
+
+
+@pytest.mark.parametrize(("given", "done"), [([], (True, True)), (["--do_eval"], (False, True))])
+def test_the_main_job_does_no_more_than_it_is_told(script, given, done):
+    _, _, args = script.parse_arguments(given)
+    assert (args.do_train, args.do_eval) == done

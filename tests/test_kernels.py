@@ -1,5 +1,7 @@
 """Fast paths against their plain twins."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,7 +11,10 @@ from zoo_hf.noise import DISTRIBUTIONS, Direction, Rademacher, entries
 
 
 # torch 2.13's own inductor still imports a module that uses it
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"),
+]
 
 DIRECTIONS = [Direction(seed=2**32 - 1, step=2**32 - 1, index=2**32 - 1), Direction(seed=3, step=0, index=1)]
 

@@ -150,3 +150,9 @@ def test_names_that_share_an_id_are_refused():
 def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         entries(DIRECTION, "w", **arguments)
+
+
+@pytest.mark.parametrize("number", [-1, 2**32])
+def test_a_direction_outside_the_counters_range_is_refused_and_not_wrapped(number):
+    with pytest.raises(ValueError, match=r"must be in \[0, 2\*\*32\), got Direction"):
+        entries(DIRECTION._replace(seed=number), "w", 0, 2)

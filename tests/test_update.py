@@ -182,3 +182,9 @@ def test_state_survives_a_round_trip_through_tensors_and_primitives(rng, tmp_pat
         update.hold(estimate)
         update.step()
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
+
+
+def test_parameters_of_another_model_are_refused(rng):
+    weights = parameters(rng)
+    with pytest.raises(ValueError, match="not the model's"):
+        Update(torch.optim.SGD(weights.values(), lr=0.1), {})

@@ -188,7 +188,7 @@ def _unwrapped(trainer: Trainer) -> nn.Module:
 
 
 def _repository(trainer: Trainer) -> str:
-    return str(trainer.args.hub_model_id or trainer.args.output_dir)
+    return str(trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir)
 
 
 def _is_ours(network: PreTrainedModel) -> bool:

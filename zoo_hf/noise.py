@@ -193,10 +193,12 @@ def entries(
         distribution: "rademacher" (±1) or "gaussian" (mean 0, variance 1).
 
     Raises:
-        ValueError: unknown distribution, or a slice that is none.
+        ValueError: unknown distribution, a slice that is none, or a direction that is none.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"`distribution` must be one of {sorted(DISTRIBUTIONS)}, got {distribution!r}.")
+    if not all(0 <= number < 2**32 for number in direction):
+        raise ValueError(f"The integers of a direction must be in [0, 2**32), got {direction}.")
     if not 0 <= start <= stop:
         raise ValueError(f"`start` and `stop` must satisfy 0 <= start <= stop, got {start} and {stop}.")
     kind, device = DISTRIBUTIONS[distribution], torch.device(device)

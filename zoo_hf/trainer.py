@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class ZOOTrainerMixin(Base):
     def __init__(self, *args: Any, **kwargs: Any):
         self.update: Any = None  # an Update, once the optimizer is made
         self._losses: Tensor | float = 0.0  # of the members, over the micro-batches so far
-        self._estimates: list[Estimate] = []  # since the last log, as are the next two
+        self._estimates: deque[Estimate] = deque(maxlen=1000)  # since the last log, as are the next two
         self._probes, self._seconds = 0, 0.0
         super().__init__(*args, **kwargs)
         if self.optimizer is not None:
@@ -95,7 +96,8 @@ class ZOOTrainerMixin(Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
-        self._losses, self._estimates, self._probes, self._seconds = 0.0, [], 0, 0.0  # another run may have left some
+        self._losses, self._probes, self._seconds = 0.0, 0, 0.0  # another run may have left some
+        self._estimates.clear()
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -177,7 +179,8 @@ class ZOOTrainerMixin(Base):
                 "coefficient_spread": torch.cat(finite).std(correction=0).item(),
                 "left_out": sum(e.left_out for e in self._estimates) / len(self._estimates),
             }
-            self._estimates, self._probes, self._seconds = [], 0, 0.0
+            self._probes, self._seconds = 0, 0.0
+            self._estimates.clear()
         entry = logs | extra
         super().log(entry, start_time)
         # evaluate() returns what the Trainer adds (the epoch), but not ours: a search would sum it into its objective
@@ -194,6 +197,8 @@ class ZOOTrainerMixin(Base):
 
     def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]  # by name, as all callers do
         """Write `README.md` in the output directory: the model, the run and its figures."""
+        if "dataset_name" in kwargs:  # TRL's word for it
+            kwargs["dataset"] = kwargs.pop("dataset_name")
         if self.is_world_process_zero():
             model_card(self, **kwargs).save(f"{self.args.output_dir}/README.md")
 

@@ -70,6 +70,10 @@ class Update(torch.optim.Optimizer):
         check_optimizer(type(optimizer).__name__)
         self.optimizer = optimizer
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if any(p not in names for p in trained):
+            raise ValueError(
+                "The optimizer holds parameters that are not the model's: make it from `model.parameters()`."
+            )
         self.parameters = {names[p]: p for p in trained}
         check_names(list(self.parameters))
         self.forward_passes = 0  # of the whole run, saved with the optimizer
