@@ -13,7 +13,7 @@ References:
 import functools
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -227,15 +227,8 @@ def packed_noise(
 
 
 @functools.lru_cache(maxsize=32)
-def _pack_once(
-    distribution: Distribution,
-    directions: Sequence[Direction],
-    parameter_name: str,
-    start: int,
-    stop: int,
-    device: torch.device,
-) -> Tensor:
-    return distribution.pack(directions, parameter_name, start, stop, device)
+def _pack_once(distribution: Distribution, *arguments: Any) -> Tensor:
+    return distribution.pack(*arguments)
 
 
 def blocks_held(distribution: Distribution, directions: int) -> int:
