@@ -17,7 +17,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 from report import save_results, table
@@ -51,13 +50,15 @@ def measure(size: str, dtype: str, rounds: int) -> dict[str, object]:
     model = RNNForCausalLM(RNNConfig(**shape))
     ids = torch.randint(0, 256, (batch_size, tokens))
     batch = {"input_ids": ids, "labels": ids}
-    steps = make_steps(model, batch, directions, bf16=dtype == "bfloat16")
+    steps = Steps(model, batch, directions, bf16=dtype == "bfloat16")
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
     for round_ in range(rounds + 1):  # the first is a warm-up
         for name in STEPS:
-            steps["settle"]()
+            steps.settle()
+            wait_for_device()
             start = time.perf_counter()
-            steps[name]()
+            getattr(steps, name)()
+            wait_for_device()
             if round_:
                 seconds[name].append(time.perf_counter() - start)
         print(f"{size} {dtype} round {round_}/{rounds}", flush=True)
@@ -71,63 +72,69 @@ def measure(size: str, dtype: str, rounds: int) -> dict[str, object]:
     return about | {"batch": f"{batch_size} × {tokens}", "directions": directions} | ratios | medians | spread
 
 
-def make_steps(model: RNNForCausalLM, batch: dict, directions: int, *, bf16: bool) -> dict[str, Callable[[], None]]:
+def wait_for_device() -> None:
+    """Kernels on a GPU run on after their launch returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Steps:
     """The four steps, and one forward pass; bfloat16 is autocast, as `bf16=True` has it, for all of them."""
-    args = ZOOConfig(
-        tempfile.mkdtemp(),
-        num_directions=directions,
-        optim="sgd",
-        learning_rate=1e-6,
-        bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = ZOOTrainer(model, args)
-    trainer.create_optimizer()
-    batch = {name: value.to(args.device) for name, value in batch.items()}
-    predictions = (batch["labels"][:, 1:] != -100).sum()  # the Trainer counts them for every update
-    parameters = list(model.parameters())
-    sgd = torch.optim.SGD(parameters, lr=1e-6)
 
-    # as Trainer.train does; with bf16 this makes every forward pass, of all four steps, run under autocast
-    model, trainer.optimizer = trainer.accelerator.prepare(model, trainer.optimizer)
+    def __init__(self, model: RNNForCausalLM, batch: dict, directions: int, *, bf16: bool):
+        self.args = ZOOConfig(
+            tempfile.mkdtemp(),
+            num_directions=directions,
+            optim="sgd",
+            learning_rate=1e-6,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        self.trainer = ZOOTrainer(model, self.args)
+        self.trainer.create_optimizer()
+        # as Trainer.train does; with bf16 this makes every forward pass, of all four steps, run under autocast
+        self.model, self.trainer.optimizer = self.trainer.accelerator.prepare(model, self.trainer.optimizer)
+        self.batch = {name: value.to(self.args.device) for name, value in batch.items()}
+        self.parameters = list(model.parameters())
+        self.sgd = torch.optim.SGD(self.parameters, lr=1e-6)
 
-    def loss() -> torch.Tensor:
-        return model(**batch).loss
+    def loss(self) -> torch.Tensor:
+        return self.model(**self.batch).loss
 
-    def zoo() -> None:
-        trainer.training_step(model, batch, predictions)
-        trainer.optimizer.step()
-
-    @torch.no_grad()
-    def settle() -> None:
-        loss()
+    def zoo(self) -> None:
+        predictions = (self.batch["labels"][:, 1:] != -100).sum()  # the Trainer counts them for every update
+        self.trainer.training_step(self.model, self.batch, predictions)
+        self.trainer.optimizer.step()
 
     @torch.no_grad()
-    def floor() -> None:
-        for _ in range(2 * directions):
-            loss()
+    def settle(self) -> None:
+        self.loss()
 
     @torch.no_grad()
-    def mezo() -> None:
-        for seed in range(directions):
-            walk(seed, args.smoothing_radius)
-            plus = loss()
-            walk(seed, -2 * args.smoothing_radius)
-            minus = loss()
-            walk(seed, args.smoothing_radius)
-            walk(seed, -1e-6 * float(plus - minus) / (2 * args.smoothing_radius * directions))
+    def floor(self) -> None:
+        for _ in range(2 * self.args.num_directions):
+            self.loss()
 
-    def walk(seed: int, scale: float) -> None:
+    @torch.no_grad()
+    def mezo(self) -> None:
+        radius, n = self.args.smoothing_radius, self.args.num_directions
+        for seed in range(n):
+            self.walk(seed, radius)
+            plus = self.loss()
+            self.walk(seed, -2 * radius)
+            minus = self.loss()
+            self.walk(seed, radius)
+            self.walk(seed, -1e-6 * float(plus - minus) / (2 * radius * n))
+
+    def walk(self, seed: int, scale: float) -> None:
         torch.manual_seed(seed)
-        for parameter in parameters:
+        for parameter in self.parameters:
             parameter.add_(torch.randn_like(parameter), alpha=scale)
 
-    def bptt() -> None:
-        loss().backward()
-        sgd.step()
-        sgd.zero_grad()
-
-    return {"settle": settle, "zoo": zoo, "floor": floor, "mezo": mezo, "bptt": bptt}
+    def bptt(self) -> None:
+        self.loss().backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
 
 
 def plot(axes, rows: list[dict]) -> None:

@@ -39,7 +39,14 @@ from transformers import (
 
 from zoo_hf import ZOOConfig, ZOOTrainer
 from zoo_hf.callbacks import LossPlotCallback
-from zoo_hf.tasks import bits_per_byte, byte_tokenizer, python_documentation, token_blocks
+from zoo_hf.tasks import (
+    bits_per_byte,
+    byte_tokenizer,
+    likeliest_tokens,
+    next_token_accuracy,
+    python_documentation,
+    token_blocks,
+)
 
 
 # The job that runs when no text is named: these take the place of the arguments' defaults.
@@ -61,6 +68,16 @@ MAIN_JOB: dict[str, Any] = {
 
 LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PROMPT, SAMPLE_TOKENS = "The ", 200
+FIGURES = {
+    "eval_loss": "validation loss (nats a token)",
+    "eval_accuracy": "share of next tokens guessed",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits a byte",
+}
+
+
+class Mistake(ValueError):
+    """In the arguments or the text: it says what to change, and ends the script with exit code 2, not a traceback."""
 
 
 @dataclass
@@ -86,7 +103,7 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for what comes from the Hub."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token; unset: that of `hf auth login`."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model or data set."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Type of the weights; auto: as they were saved, float32 when new."}
     )
@@ -126,22 +143,30 @@ class DataTrainingArguments:
     def __post_init__(self) -> None:
         if not 0 < self.validation_split_percentage < 100:
             share = self.validation_split_percentage
-            raise ValueError(f"--validation_split_percentage must be above 0 and below 100, got {share}.")
+            raise Mistake(f"--validation_split_percentage must be above 0 and below 100, got {share}.")
+        if self.block_size < 2:
+            raise Mistake(f"--block_size must be at least 2, got {self.block_size}: one token predicts the next.")
+        for flag in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            number = getattr(self, flag)
+            if number is not None and number < 1:
+                raise Mistake(f"--{flag} must be at least 1, got {number}: leave it out to set no limit.")
         if self.dataset_name and (self.train_file or self.validation_file):
-            raise ValueError("Give either --dataset_name or --train_file and --validation_file, not both.")
+            raise Mistake("Give either --dataset_name or --train_file and --validation_file, not both.")
         if self.validation_file and not self.train_file:
-            raise ValueError("--validation_file needs --train_file beside it; they may be the same file.")
-        for flag, name in (("train_file", self.train_file), ("validation_file", self.validation_file)):
-            if name and not Path(name).is_file():
-                raise ValueError(f"--{flag} {name}: there is no such file.")
-            if name and Path(name).suffix not in LOADERS:
-                raise ValueError(f"--{flag} {name}: the name must end in one of {', '.join(LOADERS)}.")
-        if (
-            self.train_file
-            and self.validation_file
-            and Path(self.train_file).suffix != Path(self.validation_file).suffix
-        ):
-            raise ValueError("--train_file and --validation_file must be files of one kind, with the same ending.")
+            raise Mistake("--validation_file needs --train_file beside it; they may be the same file.")
+        self.check_files()
+
+    def check_files(self) -> None:
+        files = {flag: Path(name) for flag in ("train_file", "validation_file") if (name := getattr(self, flag))}
+        for flag, path in files.items():
+            if not path.is_file():
+                raise Mistake(f"--{flag} {path}: there is no such file.")
+            if path.suffix not in LOADERS:
+                raise Mistake(f"--{flag} {path}: the name must end in one of {', '.join(LOADERS)}.")
+            if not path.stat().st_size:
+                raise Mistake(f"--{flag} {path}: the file is empty.")
+        if len({path.suffix for path in files.values()}) > 1:
+            raise Mistake("--train_file and --validation_file must be files of one kind, with the same ending.")
 
     @property
     def title(self) -> str:
@@ -155,13 +180,31 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataTrainingArguments, ZOOConfig]:
     """The arguments of the command line, or of the JSON file it names; those of `MAIN_JOB` where no text is named."""
+    job = "".join(f"    --{name} {value}\n" for name, value in MAIN_JOB.items())
+    description = f"{__doc__}\nWithout a text, these take the place of the defaults below:\n\n{job}"
     kinds = (ModelArguments, DataTrainingArguments, ZOOConfig)
-    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=HelpFormatter)
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        given = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
-        return parser.parse_dict(main_job(given) | given)
-    parser.set_defaults(**main_job(vars(parser.parse_args(arguments))))
-    return parser.parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser(kinds, description=description, formatter_class=HelpFormatter)
+    try:
+        if len(arguments) == 1 and arguments[0].endswith(".json"):
+            given = read_job(Path(arguments[0]))
+            return parser.parse_dict(main_job(given) | given)
+        parser.set_defaults(**main_job(vars(parser.parse_args(arguments))))
+        return parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # from the checks of the arguments' classes
+        raise Mistake(str(error)) from error
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """The arguments in a JSON file, by name."""
+    if not path.is_file():
+        raise Mistake(f"{path}: there is no such file.")
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Mistake(f"{path} is not JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise Mistake(f'{path} must hold arguments by name, such as {{"block_size": 64}}.')
+    return given
 
 
 def main_job(given: dict[str, Any]) -> dict[str, Any]:
@@ -175,12 +218,12 @@ def main_job(given: dict[str, Any]) -> dict[str, Any]:
 def check_output(data_args: DataTrainingArguments, args: ZOOConfig) -> None:
     """Refuse to do nothing, and to train over another run's results unless told to."""
     if not (args.do_train or args.do_eval):
-        raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
+        raise Mistake("Nothing to do: give --do_train, --do_eval or both.")
     output = Path(args.output_dir)
     taken = (output / "config.json").exists() or any(output.glob("checkpoint-*"))
     allowed = data_args.overwrite_output_dir or args.resume_from_checkpoint
     if args.do_train and taken and not allowed and args.output_dir != MAIN_JOB["output_dir"]:
-        raise ValueError(
+        raise Mistake(
             f"--output_dir {output} holds a trained model: add --resume_from_checkpoint last to go on with it, "
             "--overwrite_output_dir to train over it, or choose another --output_dir."
         )
@@ -196,34 +239,46 @@ def load_text(data_args: DataTrainingArguments, model_args: ModelArguments) -> d
         source |= {"keep_linebreaks": data_args.keep_linebreaks} if loader == "text" else {}
     if not source["path"]:
         return python_documentation(data_args.validation_split_percentage)
+    # datasets runs no code of a data set since version 4: there is no trust_remote_code to pass on
     hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    splits = datasets.load_dataset(**source, **hub, streaming=data_args.streaming)
+    try:
+        splits = datasets.load_dataset(**source, **hub, streaming=data_args.streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise Mistake(f"{data_args.title} cannot be read: {error.__cause__ or error}") from error
+    if "train" not in splits:
+        raise Mistake(f"{data_args.title} has no split `train`, but {', '.join(splits)}.")
     return type(splits)({name: splits[name] for name in ("train", "validation") if name in splits})
 
 
 def load_blocks(data_args: DataTrainingArguments, model_args: ModelArguments, tokenizer: Any) -> dict[str, Any]:
     """The splits `train` and `validation` as blocks of tokens."""
-    size = data_args.block_size
-    blocks = token_blocks(
-        load_text(data_args, model_args),
-        tokenizer,
-        size,
-        num_proc=data_args.preprocessing_num_workers,
-        load_from_cache_file=not data_args.overwrite_cache,
-    )
+    size, text = data_args.block_size, load_text(data_args, model_args)
+    how = {"num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not data_args.overwrite_cache}
+    try:
+        blocks = token_blocks(text, tokenizer, size, **how)
+    except ValueError as error:
+        raise Mistake(f"{data_args.title}: {error}") from error
     if "validation" not in blocks:
         if data_args.streaming:
-            raise ValueError("--streaming cannot split a text before it is read: add --validation_file.")
-        share = data_args.validation_split_percentage / 100
-        cut = round(len(blocks["train"]) * (1 - share))
-        ranges = {"train": range(cut), "validation": range(cut, len(blocks["train"]))}
-        blocks = {name: blocks["train"].select(rows) for name, rows in ranges.items()}
+            raise Mistake("--streaming cannot split a text before it is read: add --validation_file.")
+        blocks = split(blocks["train"], size, data_args.validation_split_percentage)
     for name, most in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
         if most is not None:
             blocks[name] = blocks[name].take(most)
         if next(iter(blocks[name]), None) is None:
-            raise ValueError(f"--block_size {size} is longer than the {name} text: give a smaller size or more text.")
+            raise Mistake(f"--block_size {size} is longer than the {name} text: give a smaller size or more text.")
     return blocks
+
+
+def split(blocks: datasets.Dataset, size: int, percentage: float) -> dict[str, datasets.Dataset]:
+    """The last `percentage` of the blocks as `validation`, those before them as `train`."""
+    cut = round(len(blocks) * (1 - percentage / 100))
+    if not 0 < cut < len(blocks):
+        raise Mistake(
+            f"The text has {len(blocks)} blocks of --block_size {size}, too few to evaluate on {percentage} %: "
+            "give a smaller size, more text, or another --validation_split_percentage."
+        )
+    return {"train": blocks.select(range(cut)), "validation": blocks.select(range(cut, len(blocks)))}
 
 
 def load_tokenizer(model_args: ModelArguments) -> Any:
@@ -241,7 +296,7 @@ def load_model(model_args: ModelArguments, tokenizer: Any) -> Any:
     elif model_args.model_type in (known := [config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING]):
         config = CONFIG_MAPPING[model_args.model_type]()
     else:
-        raise ValueError(f"--model_type {model_args.model_type} is unknown; choose from {', '.join(known)}.")
+        raise Mistake(f"--model_type {model_args.model_type} is unknown; choose from {', '.join(known)}.")
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
@@ -280,7 +335,7 @@ def finish(trainer: ZOOTrainer, data_args: DataTrainingArguments, tokenizer: Any
         trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
         print(f"\nIt writes now:\n\n{sample(trainer, tokenizer)}\n")
-        print("  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        print("  ".join(f"{text} {metrics[name]:.3f}" for name, text in FIGURES.items() if name in metrics))
         if args.do_train:
             print(f"Model, tokenizer, README.md (model card) and loss.png are in {Path(args.output_dir).resolve()}")
 
@@ -297,8 +352,25 @@ def set_up_logging(args: ZOOConfig) -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def main() -> None:
-    model_args, data_args, args = parse_arguments(sys.argv[1:])
+def evaluate(trainer: ZOOTrainer, tokenizer: Any) -> dict[str, float]:
+    """The Trainer's metrics, with those that follow from the loss, also written to `eval_results.json`."""
+    metrics = trainer.evaluate()
+    loss = metrics["eval_loss"]
+    metrics["perplexity"] = perplexity(loss)
+    metrics["bits_per_byte"] = bits_per_byte(loss, trainer.eval_dataset, tokenizer)
+    trainer.save_metrics("eval", metrics)
+    return metrics
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, or infinity where that is no float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: ZOOConfig) -> None:
     check_output(data_args, args)
     set_up_logging(args)
     if model_args.num_threads:
@@ -309,7 +381,7 @@ def main() -> None:
         blocks = load_blocks(data_args, model_args, tokenizer)
     model = load_model(model_args, tokenizer)
     if data_args.block_size > longest_context(model):
-        raise ValueError(
+        raise Mistake(
             f"--block_size must be at most the model's {longest_context(model)}, not {data_args.block_size}."
         )
     trainer = ZOOTrainer(
@@ -319,6 +391,8 @@ def main() -> None:
         eval_dataset=blocks["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
+        compute_metrics=next_token_accuracy,
+        preprocess_logits_for_metrics=likeliest_tokens,
         callbacks=[LossPlotCallback()] if args.do_train else [],
     )
     if trainer.is_world_process_zero():
@@ -329,14 +403,15 @@ def main() -> None:
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
-    figures: dict[str, float] = {}
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        loss = metrics["eval_loss"]
-        figures = {"validation loss (nats a token)": loss, "perplexity": math.exp(loss)}
-        figures["bits a byte"] = bits_per_byte(loss, blocks["validation"], tokenizer)
-        trainer.save_metrics("eval", metrics | figures)
-    finish(trainer, data_args, tokenizer, figures)
+    finish(trainer, data_args, tokenizer, evaluate(trainer, tokenizer) if args.do_eval else {})
+
+
+def main() -> None:
+    try:
+        run(*parse_arguments(sys.argv[1:]))
+    except Mistake as mistake:
+        print(f"{Path(sys.argv[0]).name}: error: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What the tests share: tiny data, a tiny model, and a trainer on a CPU that talks to nobody."""
 
 import os
+from dataclasses import fields
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers reads it
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from zoo_hf import RNNConfig, RNNForCausalLM, ZOOConfig, ZOOTrainer
 
@@ -15,6 +16,8 @@ from zoo_hf import RNNConfig, RNNForCausalLM, ZOOConfig, ZOOTrainer
 torch.set_num_threads(1)
 
 VOCABULARY = 32
+# what it is called in this version; where it has two names, the one that is not deprecated stands first
+CHECKPOINTING = next(field.name for field in fields(TrainingArguments) if field.name.endswith("_checkpointing"))
 
 
 def texts(count: int, length: int = 8) -> list[dict[str, torch.Tensor]]:

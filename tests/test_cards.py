@@ -2,12 +2,16 @@
 
 import math
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
 from conftest import VOCABULARY, texts, tiny_lstm
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from zoo_hf.cards import final_metrics, model_card
@@ -55,6 +59,24 @@ def test_the_table_says_how_the_model_was_trained(finished):
     assert (rows["processes"], rows["precision"], rows["seed"]) == ("1", "float32", "7")
     assert f"torch {torch.__version__}" in rows["software"]
     assert float(rows["forward passes a second"].replace(",", "")) > 0
+
+
+def test_an_optimizer_and_a_schedule_that_were_given_are_the_ones_named(finished):
+    model = tiny_lstm()
+    groups = [{"params": [p], "weight_decay": 0.2 if p.dim() > 1 else 0.0} for p in model.parameters()]
+    optimizer = torch.optim.NAdam(groups, lr=0.25)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)
+    run = finished(model, keywords={"optimizers": (optimizer, schedule)}, optim="sgd", learning_rate=0.5)
+    rows = procedure(model_card(run))
+    assert rows["optimizer"] == "NAdam, learning rate 0.25, weight decay 0.2"
+    assert rows["schedule"] == "StepLR"
+
+
+def test_the_class_of_an_optimizer_that_was_given_is_named(finished):
+    kind = (torch.optim.Adamax, {"lr": 0.125})
+    rows = procedure(model_card(finished(keywords={"optimizer_cls_and_kwargs": kind}, weight_decay=0.0)))
+    assert rows["optimizer"] == "Adamax, learning rate 0.125, weight decay 0"
+    assert rows["schedule"] == "constant, 0 steps of warm-up"
 
 
 def test_a_forward_estimate_is_called_one(finished):
@@ -132,6 +154,44 @@ def test_a_model_of_transformers_needs_no_import_of_zoo_hf(finished):
     names = {}
     exec(loading_code(card), names)
     assert type(names["model"]) is GPT2LMHeadModel
+
+
+class Regression(nn.Module):
+    """A model that is not of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.linear(x).squeeze(-1) - labels).square().mean(), "predicted": self.linear(x)}
+
+
+def test_a_model_that_is_not_of_transformers_is_loaded_into_its_class(finished, rng):
+    examples = [{"x": row, "labels": row.sum()} for row in torch.randn(8, 3, generator=rng)]
+    run = finished(Regression(), examples)
+    run.save_model()
+    card = model_card(run, dataset="points")
+    assert "`Regression`, trained on points without backpropagation" in card.content
+    assert {"library_name", "pipeline_tag", "base_model"}.isdisjoint(card.data.to_dict())
+    assert card.data.tags == ["zeroth-order", "zoo_hf"]
+    names = {"Regression": Regression}
+    exec(loading_code(card).replace("Regression(...)", "Regression()"), names)
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(names["model"].state_dict()[name], weight)
+    assert "None" not in card.content
+
+
+def test_zoo_hf_does_not_import_peft():
+    script = """
+        import sys
+        import transformers.trainer  # which may import it by itself
+        for name in [name for name in sys.modules if name.split(".")[0] == "peft"]:
+            del sys.modules[name]
+        import zoo_hf
+        assert "peft" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=120)
 
 
 def test_a_model_that_was_fine_tuned_names_its_base(finished):

@@ -1,7 +1,7 @@
 """The zoo-hf command prints what a bug report needs, and explains itself."""
 
 import platform
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_env_is_a_table_of_versions_and_threads(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     rows = dict([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line)
     assert rows["Python"] == platform.python_version()
-    assert rows["torch"] == torch.__version__
+    assert rows["torch"] == version("torch")
     assert rows["transformers"] == transformers.__version__
     assert rows["threads"].startswith(f"{torch.get_num_threads()},")
     assert rows["OMP_NUM_THREADS"] == "7"

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from trl import SFTConfig
 
 from zoo_hf import ZOOArguments, ZOOConfig
-from zoo_hf.config import complete_
+from zoo_hf.config import complete_, settings
 
 
 OWN = {
@@ -19,6 +19,7 @@ OWN = {
     "estimator": "central",
     "distribution": "rademacher",
     "dropout": False,
+    "carry_state": False,
 }
 CHANGED = {"learning_rate": 2e-2, "max_grad_norm": 0.0}
 
@@ -38,6 +39,12 @@ def test_only_the_defaults_that_the_docstring_names_differ_from_training_argumen
     ours = {f.name: f.default for f in fields(ZOOConfig)}
     assert {name for name in theirs if ours[name] != theirs[name]} == CHANGED.keys()
     assert all(f"`{name}`" in ZOOArguments.__doc__ for name in CHANGED)
+
+
+def test_what_makes_a_run_the_run_it_is_are_the_seed_and_our_fields_but_for_the_learning_rate(config):
+    args = config(seed=7)
+    expected = OWN | {"num_directions": 4, "seed": 7, "max_grad_norm": 0.0}
+    assert settings(args) == expected
 
 
 def test_every_field_has_a_help_text():
@@ -64,9 +71,9 @@ def test_a_value_that_makes_no_sense_is_refused(config, field, value, message):
 
 def test_the_command_line_sets_every_field(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --num_directions 8 --smoothing_radius 1e-3 --estimator forward"
-    line += " --distribution gaussian --dropout --learning_rate 1e-4 --max_grad_norm 2"
+    line += " --distribution gaussian --dropout --carry_state --learning_rate 1e-4 --max_grad_norm 2"
     (args,) = HfArgumentParser(ZOOConfig).parse_args_into_dataclasses(line.split())
-    values = (8, 1e-3, "forward", "gaussian", True, 1e-4, 2.0)
+    values = (8, 1e-3, "forward", "gaussian", True, True, 1e-4, 2.0)
     assert tuple(getattr(args, name) for name in OWN | CHANGED) == values
 
 

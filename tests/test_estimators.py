@@ -1,6 +1,7 @@
 """Estimators against their theory: exact where it is exact, within four standard errors where it is random."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -164,10 +165,18 @@ def test_a_pair_that_is_not_finite_is_left_out_and_counted():
 
 def test_more_than_half_left_out_stops_with_step_directions_and_losses():
     losses = torch.tensor([1.0, 3.0, math.nan, 2.0, 5.0, math.inf], dtype=torch.float64)
-    with pytest.raises(FloatingPointError, match=r"Step 9: 2 of 3 pairs .* 1: \[nan, 2.0\].* 2: \[5.0, inf\]"):
+    with pytest.raises(FloatingPointError, match=r"Step 9: 2 of 3 pairs .* \{1: \[nan, 2.0\], 2: \[5.0, inf\]\}"):
         CentralDifference(0.5).estimate(directions(3, step=9), losses)
     with pytest.raises(FloatingPointError, match="2 of 2 pairs"):
         ForwardDifference(0.5).estimate(directions(2), torch.tensor([math.nan, 1.0, 2.0], dtype=torch.float64))
+
+
+def test_of_many_pairs_left_out_the_first_eight_are_shown():
+    losses = torch.full((512, 2), math.nan, dtype=torch.float64)
+    losses[0] = 1.0
+    with pytest.raises(FloatingPointError, match="511 of 512 pairs") as stopped:
+        CentralDifference(0.5).estimate(directions(512), losses.flatten())
+    assert re.findall(r"(\d+): \[", str(stopped.value)) == [str(index) for index in range(1, 9)]
 
 
 def test_the_mean_loss_is_that_of_the_used_probes():

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
+from zoo_hf import RNNConfig, RNNForCausalLM
 from zoo_hf.tasks import byte_tokenizer
 
 
@@ -59,7 +62,11 @@ def test_without_a_text_it_trains_on_pythons_documentation_and_writes_all_it_pro
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 1, 2]
     assert [entry["forward_passes"] for entry in history if "loss" in entry] == [4, 8]
     results = json.loads((tmp_path / "all_results.json").read_text())
-    assert results["bits a byte"] == pytest.approx(results["eval_loss"] / torch.log(torch.tensor(2.0)).item())
+    assert results["bits_per_byte"] == pytest.approx(results["eval_loss"] / math.log(2))
+    assert results["perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
+    evaluated = json.loads((tmp_path / "eval_results.json").read_text())
+    assert all(re.fullmatch("[a-z_]+", name) for name in evaluated)
+    assert [entry["eval_accuracy"] for entry in history if "eval_loss" in entry][-1] == evaluated["eval_accuracy"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "CPython's documentation" in card
@@ -72,6 +79,7 @@ def test_without_a_text_it_trains_on_pythons_documentation_and_writes_all_it_pro
 def test_two_processes_print_once_and_end_with_the_weights_of_one(run, tmp_path):
     run("--output_dir", tmp_path / "one", *TWO_STEPS, *SMALL)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0"]  # a free one
     arguments = ["--output_dir", str(tmp_path / "two"), *TWO_STEPS, *SMALL]
     done = subprocess.run([*launch, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -131,35 +139,144 @@ def test_it_evaluates_a_saved_model_on_a_stream_without_changing_its_folder(run,
     assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-4)
 
 
+def test_a_loss_that_no_float_can_hold_the_exponential_of_has_infinite_perplexity(run, text_file, tmp_path):
+    sizes = {"vocab_size": 256, "embedding_size": 8, "hidden_size": 8}
+    model = RNNForCausalLM(RNNConfig(**sizes))
+    with torch.no_grad():
+        model.lm_head.bias[0] = 1e4  # the byte 0, which the text has not, is all but certain
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    arguments = ["--train_file", text_file, "--do_eval", "--use_cpu", "--output_dir", tmp_path]
+    run("--model_name_or_path", tmp_path, *arguments)
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_loss"] > 1000
+    assert results["perplexity"] == math.inf
+
+
+CUSTOM_CODE = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class CustomConfig(GPT2Config):
+    model_type = "custom_lm"
+
+class CustomModel(GPT2LMHeadModel):
+    config_class = CustomConfig
+"""
+
+
+def test_code_that_comes_with_a_model_is_run_where_it_is_trusted(run, script, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "code.py").write_text(CUSTOM_CODE)
+    places = {"AutoConfig": "code.CustomConfig", "AutoModelForCausalLM": "code.CustomModel"}
+    config = {"model_type": "custom_lm", "auto_map": places, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    (tmp_path / "custom" / "config.json").write_text(json.dumps(config))
+    shared = ["--train_file", text_file, "--block_size", 32, *TWO_STEPS]
+    new = [*shared, "--config_name", tmp_path / "custom", "--do_train", "--output_dir", tmp_path / "out"]
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        run(*new)
+    run(*new, "--trust_remote_code")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("custom_lm", ["CustomModel"])
+    run(
+        *(*shared, "--model_name_or_path", tmp_path / "out", "--trust_remote_code", "--do_eval"),
+        *("--output_dir", tmp_path / "evaluated"),
+    )
+    assert (tmp_path / "evaluated" / "eval_results.json").exists()
+
+
+def test_ends_of_lines_of_any_kind_are_newlines_and_letters_are_kept(script, tmp_path):
+    (tmp_path / "text.txt").write_bytes("é\r\nß\r漢\n\r\n🙂\u2028".encode() * 9)
+    data_args = script.DataTrainingArguments(train_file=str(tmp_path / "text.txt"), block_size=4)
+    text = script.load_text(data_args, script.ModelArguments())["train"]["text"]
+    assert "".join(text) == "é\nß\n漢\n\n🙂\u2028" * 9
+
+
+@pytest.fixture
+def mistake(run, capsys):
+    """What the script says on standard error when run with these arguments, having ended with exit code 2."""
+
+    def mistake(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    return mistake
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--dataset_name", "x", "--train_file", "x.txt"], "either --dataset_name or --train_file"),
-        (["--train_file", "absent.txt"], r"--train_file absent.txt: there is no such file"),
-        (["--train_file", str(SCRIPT)], r"--train_file .*run_clm.py: the name must end in one of .txt"),
+        (["--train_file", "absent.txt"], "--train_file absent.txt: there is no such file"),
+        (["--train_file", str(SCRIPT)], "--train_file .*run_clm.py: the name must end in one of .txt"),
         (["--validation_file", str(SCRIPT)], "--validation_file needs --train_file"),
         (["--train_file", str(SCRIPT.parent.parent / "constraints.txt")], "give --do_train, --do_eval or both"),
         (["--block_size", "1000000"], "--block_size 1000000 is longer than the train text"),
+        (["--block_size", "1"], "--block_size must be at least 2, got 1"),
+        (["--max_train_samples", "0"], "--max_train_samples must be at least 1, got 0: leave it out"),
+        (["--max_train_samples", "-3"], "--max_train_samples must be at least 1, got -3: leave it out"),
+        (["--max_eval_samples", "0"], "--max_eval_samples must be at least 1, got 0: leave it out"),
+        (["--preprocessing_num_workers", "0"], "--preprocessing_num_workers must be at least 1, got 0"),
+        (["--num_directions", "0"], "`num_directions` must be at least 1, got 0"),
         (["--model_type", "gpt2", "--config_overrides", "n_embd=12,n_positions=16"], "at most the model's 16, not 32"),
         (["--model_type", "lstm"], "--model_type lstm is unknown; choose from .*zoo_rnn"),
     ],
 )
-def test_a_mistake_is_an_error_that_names_the_flag_and_the_remedy(run, tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        run("--output_dir", tmp_path, "--use_cpu", *arguments)
+def test_a_mistake_is_an_error_that_names_the_flag_and_the_remedy(mistake, tmp_path, arguments, message):
+    assert re.search(f"run_clm.py: error: .*{message}", mistake("--output_dir", tmp_path, "--use_cpu", *arguments))
 
 
-def test_another_runs_model_is_not_overwritten_unless_told_to(run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "--train_file .*empty.txt: the file is empty"),
+        ("latin.txt", "é\n".encode("latin-1"), "latin.txt cannot be read: 'utf-8' codec can't decode byte 0xe9"),
+        ("numbers.csv", b"id,text_of_it\n1,a\n", "numbers.csv: Column `id` must hold text, not 1"),
+        ("short.txt", b"one block, none to evaluate on...\n", "1 blocks .* another --validation_split_percentage"),
+    ],
+)
+def test_a_file_without_a_text_to_cut_is_named(mistake, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    arguments = ["--train_file", tmp_path / name, "--do_eval", "--block_size", 32, "--use_cpu"]
+    assert re.search(message, mistake(*arguments, "--output_dir", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "job.json: there is no such file"),
+        ("{", "job.json is not JSON: "),
+        ("[]", "job.json must hold arguments by name"),
+        ('{"block_sise": 3}', "block_sise"),
+        ('{"train_file": "absent.txt"}', "--train_file absent.txt: there is no such file"),
+    ],
+)
+def test_a_mistake_in_a_json_file_is_named(mistake, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "job.json").write_text(content)
+    assert re.search(f"error: .*{message}", mistake(tmp_path / "job.json"))
+
+
+def test_a_mistake_ends_the_process_without_a_traceback(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPT, "absent.json"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("run_clm.py: error: absent.json: there is no such file.\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_another_runs_model_is_not_overwritten_unless_told_to(run, mistake, tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
-        run("--output_dir", tmp_path, *TWO_STEPS, *SMALL)
+    assert "--overwrite_output_dir" in mistake("--output_dir", tmp_path, *TWO_STEPS, *SMALL)
     run("--output_dir", tmp_path, "--overwrite_output_dir", *TWO_STEPS, *SMALL)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "zoo_rnn"
 
 
-def test_a_stream_that_has_no_validation_text_is_refused(run, text_file, tmp_path):
-    with pytest.raises(ValueError, match="add --validation_file"):
-        run("--train_file", text_file, "--streaming", "--do_train", "--output_dir", tmp_path, *TWO_STEPS)
+def test_a_stream_that_has_no_validation_text_is_refused(mistake, text_file, tmp_path):
+    arguments = ["--train_file", text_file, "--streaming", "--do_train", "--output_dir", tmp_path, *TWO_STEPS]
+    assert "add --validation_file" in mistake(*arguments)
 
 
 def test_help_explains_every_flag_of_its_own(script, capsys):
@@ -169,6 +286,10 @@ def test_help_explains_every_flag_of_its_own(script, capsys):
     assert "trains a small LSTM on CPython's own documentation" in printed
     for flag in ("--model_name_or_path", "--block_size", "--num_directions", "--smoothing_radius", "--max_steps"):
         assert flag in printed
+    head = printed[: printed.index("options:")]
+    assert "Without a text, these take the place of the defaults below" in head
+    for name, value in script.MAIN_JOB.items():
+        assert f"--{name} {value}" in head
 
 
 @pytest.mark.parametrize(("given", "done"), [([], (True, True)), (["--do_eval"], (False, True))])

@@ -120,16 +120,16 @@ def test_mean_and_variance_lie_within_four_standard_errors(distribution):
 def test_global_generators_are_left_untouched(distribution):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     entries(DIRECTION, "w", 0, 1000, distribution=distribution)
-    dropout_seed(0, 0)
+    dropout_seed(0, 0, 0)
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all()
     assert before[2] == random.getstate()
 
 
-def test_dropout_seeds_differ_by_step_and_never_use_the_counters_of_entries():
-    seeds = {dropout_seed(seed, step) for seed in range(4) for step in range(64)}
+def test_dropout_seeds_differ_by_step_and_micro_batch_and_never_use_the_counters_of_entries():
+    seeds = {dropout_seed(seed, step, batch) for seed in range(4) for step in range(16) for batch in range(4)}
     assert len(seeds) == 256
-    assert dropout_seed(5, 9) == reference.philox4x32_10([0, 4, 0, 9], [5, 0])[0]
+    assert dropout_seed(5, 9, 2) == reference.philox4x32_10([2, 4, 0, 9], [5, 0])[0]
 
 
 def test_names_that_share_an_id_are_refused():

@@ -123,6 +123,46 @@ def test_sft_trains_only_the_adapter_that_it_made(sft):
     assert all("lora_" in name for name in made.update.parameters)
 
 
+def keys(trainer, name: str) -> list[set[str]]:
+    """Keys of the log's entries that have a certain one."""
+    return [entry.keys() for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.filterwarnings(RENAMED)
+@pytest.mark.filterwarnings(RENAMED_PROPERTY)
+@pytest.mark.parametrize("adapter", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["model", "adapter"])
+def test_sft_logs_what_the_stock_trainer_logs_of_one_evaluation_a_batch(sft, adapter):
+    made = {}
+    for kind, trainer in ((SFTConfig, SFTTrainer), (ZOOSFTConfig, ZOOSFTTrainer)):
+        steps = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        steps |= {"gradient_accumulation_steps": 2, "learning_rate": 0.0}
+        own = {"num_directions": 3, "smoothing_radius": 1e-3} if kind is ZOOSFTConfig else {}
+        made[trainer] = sft(tiny_llama(), texts(8), kind, trainer, peft_config=adapter, **steps, **own)
+        made[trainer].train()
+    stock, ours = made[SFTTrainer], made[ZOOSFTTrainer]
+    figures = {"forward_passes_per_second", "coefficient_spread", "left_out", "forward_passes"}
+    assert keys(ours, "loss") == [k - {"grad_norm"} | figures for k in keys(stock, "loss")]
+    assert keys(ours, "eval_loss") == [k | {"forward_passes"} for k in keys(stock, "eval_loss")]
+    for name in ("num_tokens", "eval_num_tokens"):
+        values = [[entry[name] for entry in t.state.log_history if name in entry] for t in (stock, ours)]
+        assert values[0] == values[1] == [2 * 8 * 8, 4 * 8 * 8]
+    for expected, entry in zip(stock.state.log_history, ours.state.log_history, strict=True):
+        for name in {"entropy", "eval_entropy", "mean_token_accuracy", "eval_mean_token_accuracy"} & entry.keys():
+            assert entry[name] == pytest.approx(expected[name], abs=1e-2), "at weights that are almost the same"
+    assert not any(ours._metrics.values()), "all were logged"
+
+
+@pytest.mark.filterwarnings(RENAMED)
+def test_what_sft_books_between_two_entries_of_the_log_does_not_grow_with_the_probes(sft):
+    made = sft(tiny_llama(), texts(4), num_directions=8)
+    batch = next(iter(made.get_train_dataloader()))
+    for _ in range(3):
+        made.training_step(made.model, batch)
+    assert len(made._metrics["train"]["entropy"]) == 3
+    assert made._metrics["train"]["num_tokens"] == [3 * 4 * 8]
+    assert made._metrics["eval"] == {}
+
+
 # ---- sequence to sequence ----
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import datetime
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ ORDER = (
     "config",
     "callbacks",
     "cards",
+    "carry",
     "trainer",
     "models",
     "tasks",
@@ -107,9 +109,20 @@ def test_the_installed_package_is_this_version():
     assert metadata("zoo_hf")["License-Expression"] == "Apache-2.0"
 
 
-def test_the_changelog_knows_this_version():
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.search(r"^## (\S+)", changelog, flags=re.MULTILINE).group(1) == setup_cfg()["metadata"]["version"]
+def test_every_package_that_is_required_is_imported():
+    imported = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imports(path)}
+    unused = {canonicalize_name(r.name) for r in requirements()} - {canonicalize_name(name) for name in imported}
+    # huggingface_hub writes cards with jinja2, accelerate looks for peft's adapters; neither requires its package
+    assert unused <= {"jinja2", "peft"}
+
+
+def test_the_changelog_and_the_citation_name_this_version_and_one_date():
+    changelog, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("CHANGELOG.md", "CITATION.cff"))
+    version, date = re.search(r"^## (\S+) \((\S+)\)$", changelog, flags=re.MULTILINE).groups()
+    assert version == setup_cfg()["metadata"]["version"]
+    cited = dict(re.findall(r"^(version|date-released): (\S+)$", citation, flags=re.MULTILINE))
+    assert cited == {"version": version, "date-released": date}
+    assert datetime.date.fromisoformat(date)
 
 
 def test_files_that_are_no_code_are_installed():
@@ -137,6 +150,25 @@ def test_every_requirement_is_pinned_within_its_range(extra):
                 assert Version(pinned) in requirement.specifier, f"{requirement} on Python {python}: {pinned}"
 
 
+@pytest.mark.parametrize("extra", [None, "plot", "test", "dev"])
+def test_the_lowest_versions_that_ci_tests_are_the_lowest_allowed(extra):
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    at = {canonicalize_name(pin.name): Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+    for requirement in requirements(extra):
+        if requirement.name != "zoo_hf":
+            (lowest,) = (Version(bound.version) for bound in requirement.specifier if bound.operator == ">=")
+            assert at[canonicalize_name(requirement.name)] == lowest, requirement.name
+
+
+def test_ci_tests_every_python_that_is_declared_and_the_lowest_versions_on_the_first():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    declared = re.findall(r":: (3\.\d+)$", setup_cfg()["metadata"]["classifiers"], flags=re.MULTILINE)
+    assert f"python-version: {declared}".replace("'", '"') in workflow
+    lowest = re.search(r'python-version: "(\S+)"\n +constraints: constraints-lowest.txt', workflow).group(1)
+    assert [lowest, f">={lowest}"] == [declared[0], setup_cfg()["options"]["python_requires"]]
+
+
 def commands():
     """The commands of the README, in the order in which they stand."""
     return re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -157,7 +189,8 @@ def test_ci_runs_the_second_command_of_the_readme_and_returns_its_status(tmp_pat
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci" / "run").write_bytes((ROOT / ".ci" / "run").read_bytes())
     blocks = ["echo first", "pwd && ls && exit 7", "echo third"]
-    fenced = "\n\n".join(f"Text.\n\n```bash\n{block}\n```" for block in blocks)
+    other = "Text.\n\n```python\nraise SystemExit(9)\n```\n\n"
+    fenced = "\n\n".join(f"{other}```bash\n{block}\n```" for block in blocks)
     (tmp_path / "README.md").write_text(f"# Title\n\n{fenced}\n")
     (tmp_path / ".venv").mkdir()
     done = subprocess.run(["bash", tmp_path / ".ci" / "run"], capture_output=True, text=True, cwd="/", timeout=60)

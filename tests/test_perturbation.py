@@ -92,6 +92,25 @@ def test_perturbed_holds_the_displacement_inside_the_block_only(rng):
     assert all(torch.equal(weights[name], before[name]) for name in weights)
 
 
+def test_gradients_inside_perturbed_are_those_at_the_displaced_weights(rng):
+    w = torch.nn.Parameter(torch.randn(5, generator=rng))
+    before = w.detach().clone()
+    with perturbed({"w": w}, DIRECTIONS[0], 0.5):
+        (gradient,) = torch.autograd.grad(w.pow(3).sum(), w)
+    expected = displaced({"w": before}, Member(DIRECTIONS[0], 1), 0.5, "rademacher")["w"]
+    torch.testing.assert_close(gradient, 3 * expected.square())
+    assert torch.equal(w.detach(), before)
+    assert w.grad is None
+    assert w.requires_grad
+
+
+def test_a_probe_keeps_no_graph(rng):
+    w = torch.nn.Parameter(torch.randn(5, generator=rng))
+    seen = []
+    probe(lambda: seen.append(w.sum()) or seen[-1], {"w": w}, PAIRS[:1], 0.1)
+    assert not seen[0].requires_grad
+
+
 def test_what_cannot_be_displaced_or_differenced_is_refused(rng):
     weights = {"w": torch.randn(3, 4, generator=rng)}
     with pytest.raises(ValueError, match="'t' is not contiguous"):
@@ -117,6 +136,44 @@ def test_probing_mode_puts_every_module_back(dropout):
     assert [module.training for module in model] == [True, True, False]
 
 
+class Outermost(torch.nn.Module):
+    """A model that itself asks whether it is in training, and records the answers."""
+
+    def __init__(self):
+        super().__init__()
+        self.answers = []
+
+    def forward(self, fails=False):
+        self.answers.append(self.training)
+        assert not fails
+
+
+@pytest.mark.parametrize("was", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_model_says_that_it_is_in_training_but_not_to_its_own_forward_pass(dropout, was):
+    model = Outermost().train(was)
+    with probing_mode(model, dropout=dropout):
+        assert model.training, "trainers file what they measure by it"
+        model()
+        assert model.training
+        with pytest.raises(AssertionError):
+            model(fails=True)
+        assert model.training
+    model()
+    assert model.answers == [dropout, dropout, was]
+    assert model.training == was
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_bare_layer_is_probed_as_one_within_a_model(dropout):
+    layer, norm, x = torch.nn.Dropout(), torch.nn.BatchNorm1d(4), torch.ones(64, 4)
+    with probing_mode(layer, dropout=dropout), seeded(0, torch.device("cpu")):
+        assert torch.equal(layer(x), x) != dropout
+    with probing_mode(norm, dropout=dropout):
+        norm(x)
+    assert norm.num_batches_tracked == 0
+
+
 def test_seeded_repeats_its_numbers_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     draws = []
@@ -125,6 +182,41 @@ def test_seeded_repeats_its_numbers_and_leaves_the_global_generator_alone():
             draws.append(torch.rand(2).tolist())
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_seeded_on_the_cpu_does_not_reach_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
+    with seeded(3, torch.device("cpu")):
+        pass
+
+
+class TwoGPUs:
+    """The random states of two devices, as torch's device modules have them."""
+
+    def __init__(self):
+        self.states = ["first", "second"]
+
+    def device_count(self):
+        return len(self.states)
+
+    def manual_seed_all(self, seed):
+        self.states = [seed, seed]
+
+    def get_rng_state(self, device):
+        return self.states[device]
+
+    def set_rng_state(self, state, device):
+        self.states[device] = state
+
+
+def test_seeded_puts_the_generators_of_all_gpus_back(monkeypatch):
+    gpus = TwoGPUs()
+    monkeypatch.setattr("torch.get_device_module", lambda device: gpus)
+    monkeypatch.setattr("torch.cuda.manual_seed_all", gpus.manual_seed_all)
+    with pytest.raises(RuntimeError), seeded(3, torch.device("cuda:1")):  # noqa: PT012
+        assert gpus.states == [3, 3]
+        raise RuntimeError
+    assert gpus.states == ["first", "second"]
 
 
 def test_share_moved_counts_weights_that_feel_epsilon():

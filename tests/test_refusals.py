@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import texts, tiny_lstm
+from conftest import CHECKPOINTING, texts, tiny_lstm
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -106,6 +106,12 @@ def test_nothing_is_logged_about_a_radius_that_all_weights_feel(config, caplog):
     assert caplog.records == []
 
 
+def test_8_bit_mixed_precision_is_refused(config, monkeypatch):
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp8"))  # as its configuration may say
+    with pytest.raises(ValueError, match=r"mixed_precision='fp8' .* use 'bf16' or 'no'"):
+        ZOOTrainer(tiny_lstm(), config())
+
+
 # ---- parameters ----
 
 
@@ -184,17 +190,16 @@ def test_what_would_give_ranks_different_batches_is_refused_with_several(config,
 def test_gradient_checkpointing_is_switched_off_with_one_line(config, caplog, where):
     model = tiny_gpt2()
     if where != "arguments":
-        model.activation_checkpointing_enable()
-    args = config(activation_checkpointing=where != "model")
+        getattr(model, f"{CHECKPOINTING}_enable")()
+    args = config(**{CHECKPOINTING: where != "model"})
     with caplog.at_level(logging.WARNING, logger="zoo_hf"):
         made = ZOOTrainer(model, args, train_dataset=texts(4))
         made.train()
     assert messages(caplog, "heckpointing") == [
         "Gradient checkpointing is switched off: no activations are kept for a backward pass."
     ]
-    assert not model.is_activation_checkpointing
-    assert not args.activation_checkpointing
-    assert not args.gradient_checkpointing
+    assert not getattr(model, f"is_{CHECKPOINTING}")
+    assert {value for name, value in vars(args).items() if name.endswith("_checkpointing")} == {False}
 
 
 def test_of_several_gpus_in_one_process_the_first_is_used_and_the_launcher_named(config, caplog):

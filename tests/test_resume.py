@@ -1,11 +1,14 @@
 """Stopped and resumed equals uninterrupted, bit for bit; what fails in the midst of a step leaves θ as it was."""
 
+import logging
+
 import pytest
 import torch
 from conftest import texts, tiny_lstm, weights
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from zoo_hf import ZOOTrainer
+from zoo_hf.config import settings
 
 
 class Stop(TrainerCallback):
@@ -76,6 +79,46 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(config, tmp_pa
     entries = [{k: v for k, v in e.items() if k != "forward_passes_per_second"} for e in whole.state.log_history[:-1]]
     again = [{k: v for k, v in e.items() if k != "forward_passes_per_second"} for e in resumed.state.log_history[:-1]]
     assert entries == again
+
+
+OTHER = {
+    "num_directions": (4, 6),
+    "smoothing_radius": (1e-2, 2e-2),
+    "estimator": ("central", "forward"),
+    "distribution": ("rademacher", "gaussian"),
+    "dropout": (False, True),
+    "seed": (42, 7),
+    "max_grad_norm": (0.0, 0.5),
+}
+
+
+@pytest.mark.parametrize("names", [[], list(OTHER), ["seed"]], ids=["none", "all", "one"])
+def test_resuming_with_other_fields_names_each_with_both_values(config, tmp_path, caplog, names):
+    def run(**arguments):
+        args = config(save_strategy="steps", save_steps=1, **arguments)
+        return ZOOTrainer(tiny_lstm(), args, train_dataset=texts(10))
+
+    run(max_steps=1).train()
+    made = run(max_steps=2, **{name: OTHER[name][1] for name in names})
+    assert OTHER.keys() == settings(made.args).keys()
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    lines = [record.message for record in caplog.records if record.name == "zoo_hf.update"]
+    assert len(lines) == len(names)
+    for name in names:
+        then, now = OTHER[name]
+        (line,) = (line for line in lines if line.startswith(f"`{name}` is {now!r} now and was {then!r} when"))
+        assert f"Set `{name}`={then!r}" in line
+    assert made.state.global_step == 2
+
+
+def test_a_second_run_of_a_trainer_saves_the_fields_it_ran_with(config, tmp_path):
+    made = ZOOTrainer(tiny_lstm(), config(save_strategy="steps", save_steps=2), train_dataset=texts(10))
+    made.train()
+    made.args.num_directions = 6
+    made.train()
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert saved["zoo"]["num_directions"] == 6
 
 
 def test_a_checkpoint_of_the_model_only_holds_the_weights_and_starts_a_new_count(config, tmp_path):

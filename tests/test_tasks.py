@@ -3,11 +3,21 @@
 import math
 from pydoc_data.topics import topics
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
-from zoo_hf.tasks import bits_per_byte, byte_tokenizer, python_documentation, token_blocks
+from zoo_hf.tasks import (
+    bits_per_byte,
+    byte_tokenizer,
+    likeliest_tokens,
+    next_token_accuracy,
+    python_documentation,
+    token_blocks,
+)
 
 
 TEXTS = [
@@ -125,15 +135,101 @@ def test_a_block_size_below_one_is_refused(rows):
         token_blocks(rows, byte_tokenizer(), 0)
 
 
-def test_a_nat_a_token_is_as_many_bits_a_byte_as_the_tokens_are_bytes_long(rows):
-    blocks = token_blocks(rows, byte_tokenizer(), 5)
-    assert bits_per_byte(math.log(256), blocks, byte_tokenizer()) == pytest.approx(8)
-    twice = Dataset.from_dict({"input_ids": [[*"é".encode(), *b"ab"]]})
+@pytest.mark.parametrize("missing", ["", None])
+def test_a_row_without_text_adds_nothing(missing):
+    rows = Dataset.from_dict({"text": ["abc", missing, "def"]})
+    assert token_blocks(rows, byte_tokenizer(), 6)["input_ids"][:] == [list(b"abcdef")]
 
-    class Halves:
-        """A tokenizer whose tokens are two bytes long."""
 
-        def batch_decode(self, rows):
-            return ["ab" * len(tokens) for tokens in rows]
+def test_a_column_without_text_is_refused():
+    rows = Dataset.from_dict({"id": [7], "content": ["abc"]})
+    with pytest.raises(ValueError, match="Column `id` must hold text, not 7: give the text's the name `text`"):
+        token_blocks(rows, byte_tokenizer(), 2)
 
-    assert bits_per_byte(math.log(256), twice, Halves()) == pytest.approx(4)
+
+def test_a_dataset_without_rows_and_columns_is_refused(rows):
+    for empty in (Dataset.from_dict({}), rows.to_iterable_dataset().map(lambda row: row).take(0)):
+        with pytest.raises(ValueError, match="`dataset` has neither rows nor columns"):
+            token_blocks(empty, byte_tokenizer(), 2)
+
+
+NON_ASCII = "naïve: 漢字かな, ß𝔘🙂 and é. " * 5
+
+
+def byte_level_pairs():
+    """A tokenizer with merges of bytes, also of parts of characters, and with its bytes' letters for each token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([NON_ASCII], trainer)
+    byte = {token: id for token, id in byte_tokenizer().get_vocab().items() if len(token) == 1}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), lambda name: bytes(byte[letter] for letter in name)
+
+
+def sentencepiece_bytes():
+    """A tokenizer that names spaces, and has tokens of single bytes for the letters that it does not know."""
+    names = ["▁", "▁a", "n", "d", "▁and", ":", ",", "."] + [f"<0x{byte:02X}>" for byte in range(256)]
+    merges = [("▁", "a"), ("n", "d"), ("▁a", "nd")]
+    vocabulary = {name: id for id, name in enumerate([*names, "nd", "a"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+
+    def spelt(name):
+        return bytes([int(name[1:-1], 16)]) if name.startswith("<0x") else name.replace("▁", " ").encode()
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer), spelt
+
+
+@pytest.mark.parametrize("make", [byte_level_pairs, sentencepiece_bytes])
+@pytest.mark.parametrize("block_size", [2, 3, 5, 7, 64])
+def test_bits_are_divided_among_the_bytes_of_the_predicted_tokens(make, block_size):
+    tokenizer, spelt = make()
+    blocks = token_blocks(Dataset.from_dict({"text": [NON_ASCII]}), tokenizer, block_size)
+    names = [tokenizer.convert_ids_to_tokens(row) for row in blocks["input_ids"][:]]
+    text = b"".join(spelt(name) for row in names for name in row)
+    assert NON_ASCII.encode().startswith(text.removeprefix(b" ")), "the names are those of the text"
+    size = sum(len(spelt(name)) for row in names for name in row[1:])
+    predicted = sum(len(row) - 1 for row in names)
+    assert bits_per_byte(math.log(2) * size, blocks, tokenizer) == pytest.approx(predicted, rel=1e-12)
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 4, 5])
+def test_a_byte_of_a_byte_tokenizer_is_a_byte_wherever_a_block_ends(block_size):
+    blocks = token_blocks(Dataset.from_dict({"text": ["é漢🙂" * 9]}), byte_tokenizer(), block_size)
+    assert bits_per_byte(math.log(256), blocks, byte_tokenizer()) == pytest.approx(8, rel=1e-12)
+
+
+def test_words_count_with_the_space_before_them():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "bc": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    blocks = token_blocks(Dataset.from_dict({"text": ["a bc a bc"]}), words, 4)
+    assert bits_per_byte(math.log(2), blocks, words) == pytest.approx(3 / len(" bc a bc"))
+
+
+def test_special_tokens_cost_bits_and_spell_nothing():
+    blocks = token_blocks(Dataset.from_dict({"text": ["ab<|endoftext|>"]}), byte_tokenizer(), 3)
+    assert bits_per_byte(math.log(2), blocks, byte_tokenizer()) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("rows", [[], [[97]], [[97, 255]]])
+def test_bits_for_no_byte_are_refused(rows):
+    with pytest.raises(ValueError, match="`blocks` hold no predicted text"):
+        bits_per_byte(1.0, Dataset.from_dict({"input_ids": rows}), byte_tokenizer())
+
+
+def test_accuracy_is_the_share_of_next_tokens_that_are_the_likeliest():
+    labels = np.array([[1, 2, 3, 4], [5, 6, -100, 8]])
+    guessed = np.array([[2, 3, 0, 9], [0, -100, 8, 9]])  # right: 2, 3 and 8; -100 is no token to guess
+    assert next_token_accuracy(EvalPrediction(guessed, labels)) == {"accuracy": 3 / 5}
+
+
+@pytest.mark.parametrize("beside", [(), (torch.zeros(2, 3),)])
+def test_the_likeliest_tokens_stand_for_the_logits(beside):
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    for outputs in (logits, (logits, *beside)):
+        assert torch.equal(likeliest_tokens(outputs, torch.zeros(2, 5)), logits.max(dim=-1).indices)

@@ -1,18 +1,21 @@
 """ZOOTrainer: a step is the formula, and everything else is as in `transformers.Trainer`."""
 
 import copy
+import functools
 import logging
 import math
 import random
 import re
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCABULARY, Estimates, batch, texts, tiny_lstm, weights
+from conftest import CHECKPOINTING, VOCABULARY, Estimates, batch, texts, tiny_lstm, weights
 from safetensors.torch import load_file
 from test_config import OWN
 from tokenizers import Tokenizer
@@ -41,6 +44,7 @@ from zoo_hf.noise import dropout_seed
 
 
 EXACT = {"rtol": 0, "atol": 0}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 IN_ORDER = {"train_sampling_strategy": "sequential"}  # float32 sums over a batch depend on its order
 ROUNDED_ONCE = {"rtol": 0, "atol": 1e-7}  # float64 losses, and coefficients below 1 in float32
 # what float32 rounding of a loss near 4 makes of a coefficient at ε = 1e-2
@@ -223,6 +227,20 @@ def test_frozen_weights_stay_even_in_an_optimizer_that_holds_them(trainer):
     assert changed == before.keys() - {"model.embed_tokens.weight"}
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: MeanLoss(model)], ids=["summed", "mean"])
+def test_a_step_outside_of_train_is_an_update_of_one_micro_batch(trainer, wrap):
+    model, inputs = wrap(tiny_lstm()), batch(texts(4))
+    before = copy.deepcopy(model)
+    made = trainer(model, texts(4), gradient_accumulation_steps=8)
+    loss = made.training_step(model, inputs)
+    coefficients = coefficients_by_hand(before, made.args, lambda model: model(**inputs)["loss"]).float()
+    torch.testing.assert_close(made.update.estimate.coefficients, coefficients, **EXACT)
+    assert loss.item() == pytest.approx(made.update.estimate.loss)
+    made.optimizer.step()
+    changed = [not value.equal(dict(before.named_parameters())[name]) for name, value in weights(model).items()]
+    assert all(changed)
+
+
 # ---- what a step leaves alone ----
 
 
@@ -252,11 +270,32 @@ def test_with_dropout_all_members_see_the_masks_of_the_step(trainer):
 
     def loss(model):
         with torch.random.fork_rng():
-            torch.manual_seed(dropout_seed(made.args.seed, 0))
+            torch.manual_seed(dropout_seed(made.args.seed, 0, 0))
             return model.train()(**batch(examples), num_items_in_batch=torch.tensor(32)).loss
 
     coefficients = coefficients_by_hand(before, made.args, loss).float()
     torch.testing.assert_close(estimate.coefficients, coefficients, **EXACT)
+
+
+def test_each_micro_batch_has_masks_of_its_own_in_every_step(trainer):
+    model, rows = tiny_gpt2(dropout=0.5), texts(4)
+    before = copy.deepcopy(model)
+    accumulated = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.0}
+    made = trainer(model, rows, max_steps=2, dropout=True, **accumulated, **IN_ORDER)
+    estimates = run(made)
+
+    def loss(model, step):
+        losses = []
+        for number in range(2):
+            with torch.random.fork_rng():
+                torch.manual_seed(dropout_seed(made.args.seed, step, number))
+                inputs = batch(rows[2 * number : 2 * number + 2])
+                losses.append(model.train()(**inputs, num_items_in_batch=torch.tensor(32)).loss)
+        return losses[0].double() + losses[1].double()
+
+    for step, estimate in enumerate(estimates):
+        coefficients = coefficients_by_hand(before, made.args, functools.partial(loss, step=step), step=step)
+        torch.testing.assert_close(estimate.coefficients, coefficients.float(), **EXACT)
 
 
 def test_without_dropout_a_probe_is_inference(trainer):
@@ -267,14 +306,46 @@ def test_without_dropout_a_probe_is_inference(trainer):
     torch.testing.assert_close(*seen, **EXACT)
 
 
+class Noisy(nn.Module):
+    """Its outermost module drops out by itself."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.quadratic, self.p = Quadratic(), p
+
+    def forward(self, x, labels):
+        return self.quadratic(F.dropout(x, self.p, training=self.training), labels)
+
+
+@pytest.mark.parametrize("arguments", [{}, COMPILED], ids=["eager", "compiled"])
+def test_without_dropout_a_probe_is_inference_for_the_outermost_module_too(trainer, arguments):
+    seen = []
+    for p in (0.0, 0.5):
+        made = trainer(
+            Noisy(p), points(4), {"eval_dataset": points(4)}, eval_strategy="steps", eval_steps=1, **arguments
+        )
+        seen.append(torch.stack([estimate.coefficients for estimate in run(made)]))
+    torch.testing.assert_close(*seen, **EXACT)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
-def test_training_flags_are_put_back_module_by_module(trainer, dropout):
-    model = tiny_gpt2(dropout=0.5)
-    model.train()
-    model.transformer.h[0].mlp.eval()
-    flags = {name: module.training for name, module in model.named_modules()}
-    trainer(model, texts(4), dropout=dropout).train()
-    assert {name: module.training for name, module in model.named_modules()} == flags
+def test_a_run_leaves_the_modes_that_the_stock_trainer_leaves(config, dropout):
+    flags = []
+    for kind, arguments in ((Trainer, {"kind": TrainingArguments}), (ZOOTrainer, {"dropout": dropout})):
+        model = tiny_gpt2(dropout=0.5).eval()
+        seen = []
+
+        class Modes(TrainerCallback):
+            def record(self, args, state, control, model, seen=seen, **kwargs):
+                seen.append({name: module.training for name, module in model.named_modules()})
+
+            on_step_end = on_log = on_evaluate = on_train_end = record
+
+        args = config(**arguments, eval_strategy="steps", eval_steps=1)
+        kind(model, args, train_dataset=texts(4), eval_dataset=texts(4), callbacks=[Modes()]).train()
+        flags.append(seen)
+    assert flags[0] == flags[1]
+    assert {tuple(set(modes.values())) for modes in flags[1]} == {(True,), (False,)}
 
 
 def test_callbacks_see_neither_displaced_weights_nor_gradients(trainer):
@@ -546,6 +617,23 @@ LOW_RANK = {"optim_target_modules": "all-linear", "optim_args": "rank=4"}
 OPTIMIZER_ARGUMENTS = {name: LOW_RANK for name in OptimizerNames if name.value.startswith(("galore", "apollo"))}
 
 
+# need packages that the tests do not, some of them for other devices
+NEED_A_PACKAGE = {
+    "adamw_apex_fused",
+    "adamw_anyprecision",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "adamw_torch_npu_fused",
+    "adamw_torch_xla",
+    "apollo_adamw",
+    "galore_adafactor",
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "grokadamw",
+    "stable_adamw",
+}
+
+
 def dense(optimizer, model, estimates, max_norm=math.inf):
     """Give each estimate's whole gradient to a stock optimizer; returns the norms before clipping."""
     norms = []
@@ -570,7 +658,8 @@ def test_every_optimizer_equals_itself_on_the_dense_gradient(config, name):
     try:
         stock = Trainer(reference, args)
         stock.create_optimizer()
-    except (ImportError, ValueError) as missing:  # transformers' own message about a package
+    except (ImportError, ValueError) as missing:  # transformers' own message about the package
+        assert name.value in NEED_A_PACKAGE
         with pytest.raises(type(missing), match=re.escape(str(missing))):
             ZOOTrainer(model, args, train_dataset=texts(4)).train()
         return
@@ -804,6 +893,98 @@ def test_early_stopping_ends_with_the_best_of_two_kept_checkpoints(trainer, tmp_
     assert not at[1]["lm_head.weight"].equal(at[3]["lm_head.weight"])
 
 
+def test_the_best_strategy_saves_where_the_metric_improves(trainer, tmp_path):
+    model, scores, at = tiny_lstm(), iter((1.0, 3.0, 2.0, 4.0)), []
+
+    def score(prediction):
+        at.append(weights(model))
+        return {"score": next(scores)}
+
+    trainer(
+        model,
+        texts(4),
+        {"eval_dataset": texts(4), "compute_metrics": score},
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="best",
+        metric_for_best_model="score",
+        greater_is_better=True,
+    ).train()
+    saved = {path.parent.name: load_file(path) for path in tmp_path.glob("checkpoint-*/model.safetensors")}
+    assert saved.keys() == {"checkpoint-1", "checkpoint-2", "checkpoint-4"}
+    for name, tensors in saved.items():
+        torch.testing.assert_close(tensors, at[int(name[-1]) - 1], **EXACT)
+
+
+def test_several_evaluation_sets_are_each_evaluated_and_logged(trainer):
+    model, sets = tiny_lstm(), {"first": texts(4), "second": texts(6)[4:]}
+    made = trainer(model, texts(4), {"eval_dataset": sets}, eval_strategy="steps", eval_steps=2)
+    made.train()
+    metrics = made.evaluate()
+    for name, examples in sets.items():
+        with torch.no_grad():
+            expected = model.eval()(**batch(examples)).loss.item()
+        assert logged(made, f"eval_{name}_loss") == pytest.approx([expected, expected], rel=1e-6)
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(expected, rel=1e-6)
+    evaluations = [
+        entry for entry in made.state.log_history if "eval_first_loss" in entry or "eval_second_loss" in entry
+    ]
+    assert [entry["forward_passes"] for entry in evaluations] == [16] * 4
+    assert "forward_passes" not in metrics
+
+
+class Hub:
+    """Takes what is sent to the Hub, and sends nothing."""
+
+    def __init__(self):
+        self.created, self.uploads = [], []
+
+    def create_repo(self, name, **arguments):
+        self.created.append((name, arguments))
+        return SimpleNamespace(repo_id=f"someone/{name}")
+
+    def upload_folder(self, *, folder_path, **arguments):
+        self.uploads.append((sorted(path.name for path in Path(folder_path).iterdir()), arguments))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    made = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: made, raising=False)
+    for name in ("create_repo", "upload_folder"):  # where older versions look for them
+        monkeypatch.setattr(f"transformers.trainer.{name}", getattr(made, name), raising=False)
+    return made
+
+
+def test_what_is_pushed_is_the_model_its_code_and_its_card(trainer, hub, tmp_path):
+    made = trainer(tiny_lstm(), texts(4), save_strategy="steps", save_steps=1)
+    made.train()
+    made.push_to_hub(dataset="random tokens", license="mit", token="secret")
+    ((name, created),) = hub.created
+    assert (name, created["exist_ok"], created["token"]) == (tmp_path.name, True, "secret")
+    ((files, arguments),) = hub.uploads
+    expected = {"README.md", "config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
+    assert expected | {"modeling_rnn.py", "configuration_rnn.py"} <= set(files)
+    assert arguments["repo_id"] == f"someone/{tmp_path.name}"
+    assert set(files) - expected == {"checkpoint-1", "checkpoint-2", *(f for f in files if f.endswith(".py"))}
+    assert "checkpoint-*" in arguments["ignore_patterns"]
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f'from_pretrained("someone/{tmp_path.name}")' in card
+    assert "license: mit" in card
+    assert "on random tokens without backpropagation" in card
+
+
+def test_a_model_that_is_not_of_transformers_is_pushed_with_a_card(trainer, hub, tmp_path):
+    made = trainer(Quadratic(), points(4))
+    made.train()
+    made.push_to_hub()
+    ((files, _),) = hub.uploads
+    assert files == ["README.md", "model.safetensors", "training_args.bin"]
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f'load_model(model, hf_hub_download("someone/{tmp_path.name}", "model.safetensors"))' in card
+
+
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
@@ -924,7 +1105,7 @@ def test_random_collators_in_workers_repeat_with_the_seed(trainer):
 
 def test_a_compiled_model_takes_the_same_steps(trainer):
     models = []
-    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+    for arguments in ({}, COMPILED):
         model = Quadratic()
         made = trainer(model, points(4), max_steps=3, **arguments)
         made.train()
@@ -937,7 +1118,7 @@ def test_checkpointing_of_activations_is_switched_off_with_one_line(trainer, cap
     model = tiny_gpt2()
     model.train()
     logging.getLogger("zoo_hf").setLevel(logging.WARNING)
-    made = trainer(model, texts(4), activation_checkpointing=True, dropout=True)
+    made = trainer(model, texts(4), **{CHECKPOINTING: True}, dropout=True)
     made.train()
     assert [r.message for r in caplog.records if "heckpointing" in r.message] == [
         "Gradient checkpointing is switched off: no activations are kept for a backward pass."

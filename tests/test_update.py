@@ -184,6 +184,35 @@ def test_state_survives_a_round_trip_through_tensors_and_primitives(rng, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)
 
 
+def an_update(rng, **settings):
+    weights = parameters(rng)
+    update = Update(torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9), {p: n for n, p in weights.items()})
+    update.settings = settings
+    return update
+
+
+def test_a_state_saved_under_other_settings_is_loaded_with_a_warning_for_each(rng, caplog):
+    saved = an_update(rng, num_directions=4, distribution="rademacher", seed=1)
+    now = an_update(rng, num_directions=8, distribution="gaussian", seed=1)
+    now.load_state_dict(saved.state_dict())
+    first, second = (record.message for record in caplog.records)
+    assert first.startswith("`num_directions` is 8 now and was 4 when the checkpoint was made")
+    assert first.endswith("Set `num_directions`=4 if that is what you want.")
+    assert second.startswith("`distribution` is 'gaussian' now and was 'rademacher'")
+    assert now.settings["num_directions"] == 8
+
+
+def test_the_state_of_an_optimizer_that_had_gradients_is_taken_up_silently(rng, caplog):
+    update, other = an_update(rng, seed=1), an_update(rng)
+    for parameter in other.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    other.optimizer.step()
+    update.load_state_dict(other.optimizer.state_dict())
+    assert update.forward_passes == 0
+    assert all(torch.equal(update.state[p]["momentum_buffer"], torch.ones_like(p)) for p in update.parameters.values())
+    assert caplog.records == []
+
+
 def test_parameters_of_another_model_are_refused(rng):
     weights = parameters(rng)
     with pytest.raises(ValueError, match="not the model's"):

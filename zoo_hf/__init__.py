@@ -2,7 +2,20 @@
 
 from .config import ZOOArguments, ZOOConfig
 from .estimators import CentralDifference, Estimate, ForwardDifference
-from .models import RNNConfig, RNNForCausalLM, RNNModel
+from .models import (
+    DNCConfig,
+    DNCForCausalLM,
+    DNCModel,
+    RNNConfig,
+    RNNForCausalLM,
+    RNNModel,
+    RWKV7Config,
+    RWKV7ForCausalLM,
+    RWKV7Model,
+    ZooMamba2Config,
+    ZooMamba2ForCausalLM,
+    ZooMamba2Model,
+)
 from .noise import Direction, entries, philox4x32
 from .perturbation import Member, perturbed, probe
 from .trainer import ZOOTrainer, ZOOTrainerMixin
@@ -11,6 +24,9 @@ from .update import Update, gradient
 
 __all__ = [
     "CentralDifference",
+    "DNCConfig",
+    "DNCForCausalLM",
+    "DNCModel",
     "Direction",
     "Estimate",
     "ForwardDifference",
@@ -18,11 +34,17 @@ __all__ = [
     "RNNConfig",
     "RNNForCausalLM",
     "RNNModel",
+    "RWKV7Config",
+    "RWKV7ForCausalLM",
+    "RWKV7Model",
     "Update",
     "ZOOArguments",
     "ZOOConfig",
     "ZOOTrainer",
     "ZOOTrainerMixin",
+    "ZooMamba2Config",
+    "ZooMamba2ForCausalLM",
+    "ZooMamba2Model",
     "entries",
     "gradient",
     "perturbed",

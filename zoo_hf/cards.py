@@ -9,8 +9,8 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model  # peft itself takes a second to import
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -58,38 +58,39 @@ def model_card(
         trainer: its arguments have the fields of `ZOOArguments`. A `loss.png` in its output directory is shown.
         others: as in `Trainer.create_model_card`; no licence is claimed unless one is given.
     """
-    model = _unwrapped(trainer)
-    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    network = bare_model(trainer)
     pipeline, _, is_language_model = task_of(network)
     metrics = final_metrics(trainer, with_perplexity=is_language_model)
-    base = finetuned_from or _base_model(model, network)
-    name = model_name or Path(_repository(trainer)).name
     data = ModelCardData(
         language=_listed(language) or None,
         license=license,
-        library_name="transformers" if network is model else "peft",
+        library_name=_library(trainer),
         pipeline_tag=next(iter(_listed(tasks)), pipeline),
         tags=_tags(network, tags),
-        base_model=base,
+        base_model=finetuned_from or _base_model(trainer),
         datasets=_listed(dataset_tags) or None,
-        model_name=name,
+        model_name=model_name or Path(_repository(trainer)).name,
         eval_results=_eval_results(metrics, pipeline, dataset_tags, dataset, dataset_args) or None,
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=name,
-        summary=_summary(network, base, dataset),
-        plot="loss.png" if Path(str(trainer.args.output_dir), "loss.png").exists() else None,
-        dataset=", ".join(_listed(dataset)) or "the evaluation set",
-        results=[(metric, f"{value:.4g}") for metric, value in metrics.items()],
-        loss_unit=", in nats a token" if is_language_model else "",
-        loading=loading_code(trainer, network),
-        **training_procedure(trainer, model),
-    )
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **content(trainer, data, metrics, dataset))
 
 
-def task_of(model: PreTrainedModel) -> tuple[str | None, str, bool]:
+def content(trainer: Trainer, data: ModelCardData, metrics: dict[str, float], dataset: Names) -> dict[str, Any]:
+    """The variables of the template."""
+    network = bare_model(trainer)
+    return {
+        "name": data.model_name,
+        "summary": _summary(network, data.base_model, dataset),
+        "plot": "loss.png" if Path(str(trainer.args.output_dir), "loss.png").exists() else None,
+        "dataset": ", ".join(_listed(dataset)) or "the evaluation set",
+        "results": [(metric, f"{value:.4g}") for metric, value in metrics.items()],
+        "loss_unit": ", in nats a token" if task_of(network)[2] else "",
+        "loading": loading_code(trainer),
+        **training_procedure(trainer),
+    }
+
+
+def task_of(model: nn.Module) -> tuple[str | None, str, bool]:
     """(pipeline, ending of the Auto class, whether the loss is in nats a token), by the name of the model's class."""
     name = type(model).__name__
     return next((task for ending, task in TASKS.items() if name.endswith(ending)), OTHER_TASK)
@@ -113,21 +114,21 @@ def final_metrics(trainer: Trainer, *, with_perplexity: bool) -> dict[str, float
     return metrics
 
 
-def training_procedure(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
-    """What the card says of how `model` was trained, as variables of the template; `procedure` is its table."""
+def training_procedure(trainer: Trainer) -> dict[str, Any]:
+    """What the card says of how the model was trained, as variables of the template; `procedure` is its table."""
     args: Any = trainer.args
+    model = _unwrapped(trainer)
     n = args.num_directions
     d = sum(p.numel() for p in model.parameters() if p.requires_grad)
     estimator, formula = ESTIMATES[args.estimator]
     history, steps = trainer.state.log_history, f"{trainer.state.global_step:,}"
-    warmup = args.get_warmup_steps(trainer.state.max_steps)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     rows = [
         ("weights", f"{sum(p.numel() for p in model.parameters()):,}, of which {d:,} trained"),
         ("estimator", f"{estimator}, {n} directions, {args.distribution}"),
         ("smoothing radius ε", f"{args.smoothing_radius:g}"),
-        ("optimizer", f"{args.optim.value}, learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}"),
-        ("schedule", f"{args.lr_scheduler_type.value}, {warmup} steps of warm-up"),
+        ("optimizer", _optimizer(trainer)),
+        ("schedule", _schedule(trainer)),
         ("examples a step", f"{trainer.get_total_train_batch_size(args):,}"),
         ("steps", steps),
         ("forward passes", _last(history, "forward_passes", "{:,.0f}")),
@@ -149,20 +150,32 @@ def training_procedure(trainer: Trainer, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def loading_code(trainer: Trainer, network: PreTrainedModel) -> str:
+def loading_code(trainer: Trainer) -> str:
     """Python lines that load the trained model, and its tokenizer if there is one."""
-    adapted, place = isinstance(_unwrapped(trainer), PeftModel), _repository(trainer)
-    auto = f"Auto{'Peft' if adapted else ''}Model{task_of(network)[1]}"
+    network, library, place = bare_model(trainer), _library(trainer), _repository(trainer)
+    if library is None:
+        return _loading_code_of_a_module(trainer)
+    auto = f"Auto{'Peft' if library == 'peft' else ''}Model{task_of(network)[1]}"
     names, calls = [auto], [f'model = {auto}.from_pretrained("{place}")']
     if trainer.processing_class is not None:
         names.append("AutoTokenizer")
         calls.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}")')
     imports = [f"from transformers import {', '.join(names)}"]
-    if adapted:
+    if library == "peft":
         imports = [f"from peft import {auto}", *(f"from transformers import {name}" for name in names[1:])]
     if _is_ours(network):
         imports.insert(0, "import zoo_hf  # knows this kind of model; without it, add trust_remote_code=True below")
     return "\n".join([*imports, "", *calls])
+
+
+def _loading_code_of_a_module(trainer: Trainer) -> str:
+    imports, weights = ["from safetensors.torch import load_model"], f'"{trainer.args.output_dir}/model.safetensors"'
+    if _hub_id(trainer):
+        imports.insert(0, "from huggingface_hub import hf_hub_download")
+        weights = f'hf_hub_download("{_hub_id(trainer)}", "model.safetensors")'
+    kind = type(bare_model(trainer)).__name__
+    made = f"model = {kind}(...)  # a class of its own: take it from where it was trained"
+    return "\n".join([*imports, "", made, f"load_model(model, {weights})"])
 
 
 def hardware() -> str:
@@ -187,31 +200,74 @@ def _unwrapped(trainer: Trainer) -> nn.Module:
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
+def bare_model(trainer: Trainer) -> nn.Module:
+    """The model, without an adapter or a wrapper around it."""
+    model: Any = _unwrapped(trainer)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _library(trainer: Trainer) -> str | None:
+    """The library whose `from_pretrained` loads what was saved."""
+    if is_peft_model(_unwrapped(trainer)):
+        return "peft"
+    return "transformers" if isinstance(bare_model(trainer), PreTrainedModel) else None
+
+
 def _repository(trainer: Trainer) -> str:
-    return str(trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir)
+    return str(_hub_id(trainer) or trainer.args.output_dir)
 
 
-def _is_ours(network: PreTrainedModel) -> bool:
+def _hub_id(trainer: Trainer) -> str | None:
+    return trainer.hub_model_id or trainer.args.hub_model_id
+
+
+def _is_ours(network: nn.Module) -> bool:
     return type(network).__module__.startswith("zoo_hf.")
 
 
-def _base_model(model: nn.Module, network: PreTrainedModel) -> str | None:
+def _base_model(trainer: Trainer) -> str | None:
     """Hub name of the model that was fine-tuned. A folder of this machine means nothing to the card's reader."""
-    adapted = model.active_peft_config.base_model_name_or_path if isinstance(model, PeftModel) else None
-    base = adapted or network.config._name_or_path
+    model: Any = _unwrapped(trainer)
+    network = bare_model(trainer)
+    adapted = model.active_peft_config.base_model_name_or_path if is_peft_model(model) else None
+    base = adapted or (network.config._name_or_path if isinstance(network, PreTrainedModel) else None)
     return base if base and not Path(base).exists() else None
 
 
-def _summary(network: PreTrainedModel, base: str | None, dataset: Names) -> str:
+def _summary(network: nn.Module, base: Names, dataset: Names) -> str:
+    kind = f"`{type(network).__name__}`"
     origin = f"fine-tuned from [{base}](https://huggingface.co/{base})" if base else "trained from scratch"
+    if isinstance(network, PreTrainedModel):
+        kind += f" (model type `{network.config.model_type}`)"
+    elif not base:
+        origin = "trained"  # its weights may have come from anywhere
     text = f" on {', '.join(_listed(dataset))}" if dataset else ""
-    kind = f"`{type(network).__name__}` (model type `{network.config.model_type}`)"
     return f"{kind}, {origin}{text} without backpropagation."
 
 
-def _tags(network: PreTrainedModel, tags: Names) -> list[str]:
+def _tags(network: nn.Module, tags: Names) -> list[str]:
     family = ["rnn"] if _is_ours(network) else []
-    return sorted({"zoo_hf", "zeroth-order", *family, *(network.model_tags or []), *_listed(tags)})
+    own = network.model_tags if isinstance(network, PreTrainedModel) else None
+    return sorted({"zoo_hf", "zeroth-order", *family, *(own or []), *_listed(tags)})
+
+
+def _optimizer(trainer: Any) -> str:
+    """What the arguments say, unless an optimizer was given to the trainer."""
+    args, update = trainer.args, trainer.update
+    name, rate, decay = args.optim.value, args.learning_rate, args.weight_decay
+    if update and (trainer.given_optimizers[0] or trainer.optimizer_cls_and_kwargs):
+        name = type(update.optimizer).__name__
+        first = update.param_groups[0]
+        rate = first.get("initial_lr", first["lr"])  # most schedules keep where they started
+        decay = max(group.get("weight_decay", 0) for group in update.param_groups)
+    return f"{name}, learning rate {float(rate):g}, weight decay {float(decay):g}"
+
+
+def _schedule(trainer: Any) -> str:
+    args, given = trainer.args, trainer.given_optimizers[1]
+    if given:
+        return type(given).__name__
+    return f"{args.lr_scheduler_type.value}, {args.get_warmup_steps(trainer.state.max_steps)} steps of warm-up"
 
 
 def _eval_results(

@@ -42,6 +42,13 @@ class ZOOArguments:
         default=False,
         metadata={"help": "Probe in training mode, all members of an update under the same dropout masks."},
     )
+    carry_state: bool = field(
+        default=False,
+        metadata={
+            "help": "Start each row of a batch from the recurrent state that the row had after the batch before, as "
+            "data of `zoo_hf.tasks.text_streams` go on. Costs one forward pass a batch."
+        },
+    )
     learning_rate: float = field(default=2e-2, metadata={"help": "Initial learning rate of the optimizer."})
     max_grad_norm: float = field(
         default=0.0,
@@ -95,6 +102,15 @@ def complete_(args: TrainingArguments) -> None:
         )
 
 
+def settings(args: Any) -> dict[str, Any]:
+    """What makes the steps of a run the steps they are, to be the same when it is resumed.
+
+    The learning rate is not among them: a checkpoint brings its own.
+    """
+    names = ["seed", *(f.name for f in fields(ZOOArguments) if f.name != "learning_rate")]
+    return {name: vars(args)[name] for name in names}
+
+
 SHARDING = (
     "FSDP, DeepSpeed and other sharding split weights, gradients and optimizer state that a zero-order step needs "
     "whole or not at all. Remove `fsdp`, `deepspeed` and `parallelism_config`, also from the accelerate "
@@ -132,6 +148,9 @@ def refuse_with_ranks(args: Any) -> None:
 def turn_off_(args: Any) -> None:
     """Switch off what only the stock way of several devices needs; say what has no effect."""
     args.average_tokens_across_devices = False  # ranks see the same tokens
+    if args.carry_state and args.train_sampling_strategy != "sequential":
+        args.train_sampling_strategy = "sequential"
+        logger.warning("carry_state: `train_sampling_strategy` is set to 'sequential', as texts are read in order.")
     if args.n_gpu > 1:
         logger.warning(
             f"{args.n_gpu} GPUs in one process: the first is used. To use all of them, start with "
@@ -140,3 +159,15 @@ def turn_off_(args: Any) -> None:
         args._n_gpu = 1
     if args.neftune_noise_alpha is not None and not args.dropout:
         logger.warning("NEFTune is off, as probes run in inference mode: set `dropout=True` to train with its noise.")
+
+
+def settle_(args: Any) -> None:
+    """All of the above that needs nothing but the arguments, in place: complete, check, refuse, turn off.
+
+    Raises:
+        ValueError: see `check` and `refuse`.
+    """
+    complete_(args)
+    check(args)
+    refuse(args)
+    turn_off_(args)

@@ -1,7 +1,9 @@
 """Who evaluates which members; scalars in, scalars out.
 
-Every rank sees the same batch, evaluates its share of the members, and makes the same update from all losses. The only
-things that cross ranks are the losses of an update, and once, at the start, the weights and a generator's state.
+Every rank sees the same batch, evaluates its share of the members, and makes the same update from all losses. In
+training these cross ranks, and nothing else: once, at the start, the weights, the buffers and a generator's state; for
+every update, the losses of its members; for every entry of the Trainer's log and every checkpoint, single numbers: the
+loss and the count of floating-point operations. Evaluation is the Trainer's own: ranks share out the examples.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -24,13 +26,15 @@ def share(total: int, rank: int, world_size: int) -> slice:
 def exchange(losses: Tensor, total: int, accelerator: Accelerator) -> Tensor:
     """Every rank's losses, (total,) float64 on the CPU, from this rank's share of them.
 
-    All ranks receive the same bits: each place is one loss plus zeros, in whatever order they are added.
+    All ranks receive the same bits: a loss crosses as the integer that its bits make, and each place is one such
+    integer plus zeros. Some devices have no float64, and all have int64.
     """
     everyone = torch.zeros(total, dtype=torch.float64)
     everyone[share(total, accelerator.process_index, accelerator.num_processes)] = losses
     if accelerator.num_processes == 1:
         return everyone
-    return accelerator.reduce(everyone.to(accelerator.device), reduction="sum").cpu()
+    bits = everyone.view(torch.int64).to(accelerator.device)
+    return accelerator.reduce(bits, reduction="sum").cpu().view(torch.float64)
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:

@@ -130,9 +130,11 @@ def _finite_part(directions: Sequence[Direction], coefficients: Tensor, pairs: T
     rounded = coefficients.float()
     used = rounded.isfinite()
     if 2 * used.sum() < len(used):
+        left_out = (~used).nonzero().flatten().tolist()
+        shown = {index: pairs[index].tolist() for index in left_out[:8]}
         raise FloatingPointError(
-            f"Step {directions[0].step}: {int((~used).sum())} of {len(used)} pairs have losses that are not finite; "
-            f"no update was made. Losses of each pair: {dict(enumerate(pairs.tolist()))}. "
+            f"Step {directions[0].step}: {len(left_out)} of {len(used)} pairs have losses that are not finite; "
+            f"no update was made. Losses of the first of them, by direction: {shown}. "
             "Lower `learning_rate` or `smoothing_radius`."
         )
     return Estimate(directions, rounded.where(used, torch.nan), pairs[used].mean().item(), distribution)

@@ -48,7 +48,7 @@ def probe(
         Exception: whatever the objective raises; θ is put back first.
     """
     losses = []
-    with kept(parameters) as saved:
+    with torch.no_grad(), kept(parameters) as saved:
         directions = [member.direction for member in members]
         displacement = Displacement(parameters, saved, DISTRIBUTIONS[distribution], directions)
         for direction, sign in members:
@@ -61,9 +61,13 @@ def probe(
 def perturbed(
     parameters: Parameters, direction: Direction, scale: float, *, distribution: str = "rademacher"
 ) -> Iterator[None]:
-    """Hold θ + scale · z inside the block; on exit θ is bit-identical to before, even after an error."""
+    """Hold θ + scale · z inside the block; on exit θ is bit-identical to before, even after an error.
+
+    Gradients can be computed inside, at the displaced weights.
+    """
     with kept(parameters) as saved:
-        Displacement(parameters, saved, DISTRIBUTIONS[distribution], [direction]).write_(direction, scale)
+        with torch.no_grad():
+            Displacement(parameters, saved, DISTRIBUTIONS[distribution], [direction]).write_(direction, scale)
         yield
 
 
@@ -71,11 +75,11 @@ def perturbed(
 def kept(parameters: Parameters) -> Iterator[Parameters]:
     """Copies of θ; whatever is written to the weights inside the block, they hold θ again after it."""
     check_contiguous(parameters)
-    with torch.no_grad():
-        saved = {name: parameter.clone() for name, parameter in parameters.items()}
-        try:
-            yield saved
-        finally:
+    saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield saved
+    finally:
+        with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
 
@@ -100,7 +104,7 @@ class Displacement:
     """Writes θ + s z into the weights, for one direction after another.
 
     Weights are written in groups of pieces whose noise is unpacked in one call. Packed noise of the next few
-    directions is held, as many as fit into 2 MiB or a twentieth of the weights, so that the two members of a pair
+    directions is held, as many as fit into 1 MiB or a twentieth of the weights, so that the two members of a pair
     share it; where not even one fits, it is made again.
 
     Arguments:
@@ -170,15 +174,16 @@ class Displacement:
 def _groups(parameters: Parameters, saved: Parameters) -> Iterator[list[Piece]]:
     """All entries of all parameters, in groups of about CHUNK entries of one dtype and device."""
     group: list[Piece] = []
+    filled = 0
     for name, parameter in parameters.items():
         weights, start_weights = parameter.view(-1), saved[name].view(-1)
         for start, stop in spans(parameter.numel(), CHUNK):
-            piece = Piece(weights[start:stop], start_weights[start:stop], name, start)
             alike = group and (group[0].weights.dtype, group[0].weights.device) == (weights.dtype, weights.device)
-            if group and (not alike or sum(len(p.weights) for p in group) + stop - start > CHUNK):
+            if group and (not alike or filled + stop - start > CHUNK):
                 yield group
-                group = []
-            group.append(piece)
+                group, filled = [], 0
+            group.append(Piece(weights[start:stop], start_weights[start:stop], name, start))
+            filled += stop - start
     if group:
         yield group
 
@@ -193,27 +198,42 @@ def _scalar(loss: Tensor) -> Tensor:
 def probing_mode(model: torch.nn.Module, *, dropout: bool) -> Iterator[None]:
     """Inference inside the block: no graph is kept and dropout is off, or on when asked for; put back afterwards.
 
-    Batch normalisation uses its running statistics either way, as it would change them with every probe.
+    Batch normalisation uses its running statistics either way, as it would change them with every probe. Only while
+    the model is not running does `model.training` say True: by it trainers tell what they measure in training.
     """
     training = {module: module.training for module in model.modules()}
     model.train(dropout)
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
+    running = model.training
+    hooks = (
+        model.register_forward_pre_hook(lambda *_: setattr(model, "training", running), prepend=True),
+        model.register_forward_hook(lambda *_: setattr(model, "training", True), always_call=True),
+    )
+    model.training = True
     try:
         with torch.inference_mode():
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, was in training.items():
             module.training = was
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Global generators start from `seed` inside the block, and are as before after it."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
+    """The CPU's global generator and those of all devices of this kind start from `seed` inside the block.
+
+    After it they are as before. On the CPU, those of GPUs are not touched.
+    """
+    if device.type == "cpu":
+        devices, start = range(0), torch.default_generator.manual_seed
+    else:
+        devices, start = range(torch.get_device_module(device).device_count()), torch.manual_seed
+    with torch.random.fork_rng(devices, device_type=device.type):
+        start(seed)
         yield
 
 

@@ -5,11 +5,12 @@ applies it, and all else is the Trainer's.
 """
 
 import contextlib
+import copy
 import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import seed_worker
 
-from .cards import model_card
-from .config import FLOAT16, SHARDING, ZOOConfig, check, complete_, refuse, refuse_with_ranks, turn_off_
+from .cards import bare_model, model_card
+from .carry import check_state, state_after, with_state
+from .config import FLOAT16, SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import alone, broadcast_, exchange, same_batches, share
 from .estimators import ESTIMATORS, Estimate, Estimator
 from .noise import Direction, check_names, dropout_seed
@@ -33,6 +35,7 @@ from .update import Update, check_optimizer
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}  # the second is the newer name of the first
 
 
 if TYPE_CHECKING:
@@ -47,19 +50,24 @@ class ZOOTrainerMixin(Base):
     Its arguments are a `ZOOConfig`, another class with `ZOOArguments` mixed in, or plain training arguments, which
     then get the zero-order fields at their defaults.
 
+    Attributes:
+        booked: names of what `compute_loss` adds to in the trainer, as TRL's do; one probe of a batch counts.
+
     Raises:
         ValueError: at construction, for what a zero-order run cannot do; it says what to do instead.
     """
 
     args: ZOOConfig
     optimizer: Any  # an Update, within accelerate's wrapper while training
+    booked: tuple[str, ...] = ("_metrics", "_total_train_tokens")
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.update: Any = None  # an Update, once the optimizer is made
-        self._losses: Tensor | float = 0.0  # of the members, over the micro-batches so far
-        self._estimates: deque[Estimate] = deque(maxlen=1000)  # since the last log, as are the next two
-        self._probes, self._seconds = 0, 0.0
+        self.current_gradient_accumulation_steps = 1  # until `train` counts them
+        self._losses: list[Tensor] = []  # of the members, for each micro-batch so far
+        self._figures = Figures()
         super().__init__(*args, **kwargs)
+        self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
         if self.optimizer is not None:
             check_optimizer(type(self.optimizer).__name__)
         prepare_(self.model, self.args)
@@ -73,10 +81,7 @@ class ZOOTrainerMixin(Base):
 
     def create_accelerator_and_postprocess(self) -> None:
         """No DDP, whose buffers are as large as the weights, and no loss scaling: there is no backward pass."""
-        complete_(self.args)
-        check(self.args)
-        refuse(self.args)
-        turn_off_(self.args)
+        settle_(self.args)
         super().create_accelerator_and_postprocess()
         accelerator = self.accelerator
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or accelerator.parallelism_config is not None:
@@ -96,14 +101,14 @@ class ZOOTrainerMixin(Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
-        self._losses, self._probes, self._seconds = 0.0, 0, 0.0  # another run may have left some
-        self._estimates.clear()
+        self._losses, self._figures = [], Figures()  # another run may have left some
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
             self.update = self.optimizer = Update(self.optimizer, names)
             if self.accelerator.num_processes > 1:
                 broadcast_([*model.parameters(), *model.buffers()])
+        self.update.settings = settings(self.args)
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -113,57 +118,47 @@ class ZOOTrainerMixin(Base):
         loss: accumulated losses give the coefficients of one large batch.
         """
         start = time.perf_counter()
-        args, inputs = self.args, self._prepare_inputs(inputs)
+        self._enter_training(model)
+        args, inputs = self.args, with_state(self._prepare_inputs(inputs), self.update.carried_state)
         estimator = self._estimator()
         directions = [Direction(args.seed, self.state.global_step, i) for i in range(args.num_directions)]
         members = estimator.members(directions)
         mine = members[share(len(members), self.accelerator.process_index, self.accelerator.num_processes)]
-        self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
-        with probing_mode(model, dropout=args.dropout), alone(self.accelerator):
+        with probing_mode(model, dropout=args.dropout), alone(self.accelerator), first_booking(self) as book:
             losses = probe(
-                self._objective(model, inputs, num_items_in_batch),
+                objective_of(self, model, inputs, num_items_in_batch, after=book),
                 self.update.parameters,
                 mine,
                 args.smoothing_radius,
                 distribution=args.distribution,
             )
+            if args.carry_state:
+                self.update.carried_state = state_after(self, model, inputs)
         # divided here and not in the objective: in float64
-        scale = 1 if self._loss_is_scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
-        self._losses = self._losses + losses / scale
-        self.update.forward_passes += len(members)
-        self._probes, self._seconds = self._probes + len(members), self._seconds + time.perf_counter() - start
+        scale = 1 if loss_is_scaled(self, num_items_in_batch) else self.current_gradient_accumulation_steps
+        self._losses.append(losses / scale)
+        passes = len(members) + args.carry_state
+        self.update.forward_passes += passes
+        self._figures.add(passes, time.perf_counter() - start)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=args.device)
-        losses, self._losses = exchange(self._losses, len(members), self.accelerator), 0.0
+        losses = exchange(functools.reduce(torch.add, self._losses), len(members), self.accelerator)
+        self._losses = []
         estimate = estimator.estimate(directions, losses)
-        self._estimates.append(estimate)
+        self._figures.estimates.append(estimate)
         self.update.hold(estimate)  # applied by the optimizer's step, one parameter at a time
         return torch.tensor(estimate.loss, device=args.device)
 
+    def _enter_training(self, model: nn.Module) -> None:
+        """As a step of the stock Trainer begins: after an evaluation, model and optimizer are in another mode."""
+        if self.update is None:  # outside of `train`
+            self.create_optimizer()
+        model.train()
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
+
     def _estimator(self) -> Estimator:
         return ESTIMATORS[self.args.estimator](self.args.smoothing_radius, self.args.distribution)
-
-    def _objective(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Objective:
-        masks: Callable[[], Any] = contextlib.nullcontext
-        if self.args.dropout:
-            seed = dropout_seed(self.args.seed, self.state.global_step)
-            masks = functools.partial(seeded, seed, self.args.device)
-
-        def objective() -> Tensor:
-            # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
-            with masks(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-            return loss  # type: ignore[return-value]  # outputs come along only where they are asked for
-
-        return objective
-
-    def _loss_is_scaled(self, num_items_in_batch: Any) -> bool:
-        """Whether the loss is a share of all micro-batches' loss; else it is the mean of one micro-batch."""
-        # goes when transformers >= 5.19, which lets a trainer say so, is required
-        if Version(transformers.__version__) >= Version("5.19.0") and self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return summed or self.compute_loss_func is not None
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Norm of the estimate before clipping; none is computed, or logged, when nothing is clipped."""
@@ -172,19 +167,17 @@ class ZOOTrainerMixin(Base):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds forward passes to every entry, and to training losses their speed and what the estimates were like."""
         extra: dict[str, float] = {"forward_passes": self.update.forward_passes if self.update else 0}
-        if "loss" in logs and self._estimates:
-            finite = [e.coefficients[e.coefficients.isfinite()] for e in self._estimates]
-            extra |= {
-                "forward_passes_per_second": round(self._probes / self._seconds, 3),
-                "coefficient_spread": torch.cat(finite).std(correction=0).item(),
-                "left_out": sum(e.left_out for e in self._estimates) / len(self._estimates),
-            }
-            self._probes, self._seconds = 0, 0.0
-            self._estimates.clear()
+        if "loss" in logs and self._figures.estimates:
+            extra |= self._figures.entry()
+            self._figures = Figures()
         entry = logs | extra
         super().log(entry, start_time)
         # evaluate() returns what the Trainer adds (the epoch), but not ours: a search would sum it into its objective
         logs.update({name: value for name, value in entry.items() if name not in extra})
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        with alone(self.accelerator):  # ranks see the same tokens
+            super()._track_num_input_tokens(inputs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 · tokens · weights for every forward pass; the Trainer counts 6, for one forward and one backward pass."""
@@ -216,14 +209,79 @@ class ZOOTrainer(ZOOTrainerMixin, Trainer):
     """
 
 
+class Figures:
+    """What the log says of the steps since its last entry."""
+
+    def __init__(self) -> None:
+        self.estimates: deque[Estimate] = deque(maxlen=1000)
+        self.probes, self.seconds = 0, 0.0
+
+    def add(self, probes: int, seconds: float) -> None:
+        """Count the probes of a micro-batch, of all ranks."""
+        self.probes, self.seconds = self.probes + probes, self.seconds + seconds
+
+    def entry(self) -> dict[str, float]:
+        """The speed, and what the estimates were like."""
+        finite = [e.coefficients[e.coefficients.isfinite()] for e in self.estimates]
+        return {
+            "forward_passes_per_second": round(self.probes / self.seconds, 3),
+            "coefficient_spread": torch.cat(finite).std(correction=0).item(),
+            "left_out": sum(e.left_out for e in self.estimates) / len(self.estimates),
+        }
+
+
+def objective_of(
+    trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, after: Callable[[], None]
+) -> Objective:
+    """The trainer's loss of a batch at the model's present weights; `after` is called when it is computed."""
+    masks: Callable[[], Any] = contextlib.nullcontext
+    if trainer.args.dropout:
+        seed = dropout_seed(trainer.args.seed, trainer.state.global_step, len(trainer._losses))
+        masks = functools.partial(seeded, seed, trainer.args.device)
+
+    def objective() -> Tensor:
+        # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
+        with masks(), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+        after()
+        return loss
+
+    return objective
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Whether the loss is a share of all micro-batches' loss; else it is the mean of one micro-batch."""
+    # goes when transformers >= 5.19, which lets a trainer say so, is required
+    if Version(transformers.__version__) >= Version("5.19.0") and trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return summed or trainer.compute_loss_func is not None
+
+
+@contextlib.contextmanager
+def first_booking(trainer: Any) -> Iterator[Callable[[], None]]:
+    """Call what is yielded after every probe: of what they add to the trainer's books, the first one's is kept."""
+    kept: dict[str, Any] = {}
+
+    def book() -> None:
+        if not kept:
+            kept.update({name: copy.deepcopy(vars(trainer)[name]) for name in trainer.booked if name in vars(trainer)})
+
+    try:
+        yield book
+    finally:
+        vars(trainer).update(kept)
+
+
 def prepare_(model: Any, args: Any) -> None:
     """Tag the model, and switch off, with a log line each, what is of no use or harm to probes."""
     # the flag that transformers sets on each module it checkpoints; its methods change names with the version
     checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
     for module in checkpointed:
         module.gradient_checkpointing = False
-    if checkpointed or args.gradient_checkpointing:
-        args.gradient_checkpointing = args.activation_checkpointing = False
+    switches = CHECKPOINTING & vars(args).keys()
+    if checkpointed or any(vars(args)[switch] for switch in switches):
+        vars(args).update(dict.fromkeys(switches, False))
         logger.warning("Gradient checkpointing is switched off: no activations are kept for a backward pass.")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -241,9 +299,16 @@ def check_weights(trainer: Any) -> None:
     if not weights:
         raise ValueError("No parameter has `requires_grad=True`: unfreeze some, or add a PEFT adapter.")
     check_names(list(weights))
+    if trainer.args.carry_state:
+        check_state(bare_model(trainer))
     if trainer.args.device.type == "cpu" and any(p.dtype == torch.float16 for p in trainer.model.parameters()):
         raise ValueError(FLOAT16)
     check_contiguous(weights)
+    if trainer.accelerator.mixed_precision not in COMPUTE_DTYPES:
+        raise ValueError(
+            f"mixed_precision={trainer.accelerator.mixed_precision!r} of the accelerate configuration would round "
+            "displacements away: use 'bf16' or 'no'."
+        )
     radius, precision = trainer.args.smoothing_radius, COMPUTE_DTYPES[trainer.accelerator.mixed_precision]
     moved = share_moved(weights, radius, precision)
     dtypes = ", ".join(sorted({str(precision or p.dtype) for p in weights.values()}))

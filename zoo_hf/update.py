@@ -1,5 +1,6 @@
 """Estimate → weights: one parameter at a time through any torch optimizer, without gradient buffers."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor
 from .estimators import Estimate
 from .noise import CHUNK, DISTRIBUTIONS, blocks_held, check_names, packed_noise, spans
 
+
+logger = logging.getLogger(__name__)
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
 SEPARATE = ("torch.optim.", "transformers.", "bitsandbytes.")
@@ -76,7 +79,9 @@ class Update(torch.optim.Optimizer):
             )
         self.parameters = {names[p]: p for p in trained}
         check_names(list(self.parameters))
-        self.forward_passes = 0  # of the whole run, saved with the optimizer
+        self.forward_passes = 0  # of the whole run, saved with the optimizer as are the settings it was made with
+        self.settings: dict[str, Any] = {}
+        self.carried_state: Tensor | None = None  # of a recurrent model, from batch to batch, and saved as well
         self.estimate: Estimate | None = None
         self.clip = 1.0
 
@@ -115,11 +120,13 @@ class Update(torch.optim.Optimizer):
         separate = f"{type(self.optimizer).__module__}.".startswith(SEPARATE)
         room = max(numels.values()) if separate else sum(numels.values())
         bucket: list[str] = []
+        filled = 0
         for name, numel in numels.items():
-            if bucket and sum(numels[held] for held in bucket) + numel > room:
+            if bucket and filled + numel > room:
                 yield bucket
-                bucket = []
+                bucket, filled = [], 0
             bucket.append(name)
+            filled += numel
         yield bucket
 
     # accelerate and the schedulers replace these lists and dicts, so they are looked up, never kept
@@ -151,9 +158,19 @@ class Update(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict() | {"zoo": {"forward_passes": self.forward_passes}}
+        own = {"forward_passes": self.forward_passes, "carried_state": self.carried_state}
+        return self.optimizer.state_dict() | {"zoo": own | self.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a saved state; an optimizer's own, from training with gradients, will do."""
         inner = dict(state_dict)
-        self.forward_passes = inner.pop("zoo", {"forward_passes": 0})["forward_passes"]
+        saved = inner.pop("zoo", {})
+        self.forward_passes, self.carried_state = saved.get("forward_passes", 0), saved.get("carried_state")
+        for name, now in self.settings.items():
+            then = saved.get(name, now)
+            if now != then:
+                logger.warning(
+                    f"`{name}` is {now!r} now and was {then!r} when the checkpoint was made: the steps from here on "
+                    f"are not those of an uninterrupted run. Set `{name}`={then!r} if that is what you want."
+                )
         self.optimizer.load_state_dict(inner)

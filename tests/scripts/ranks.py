@@ -83,6 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
     "workers": {"data_collator": mask_at_random, "remove_unused_columns": False, "dataloader_num_workers": 1},
     "gathering": {"num_directions": 4, "estimator": "forward", "trainer": Gathering},
     "clipped": {"max_grad_norm": 1.0, "optim": "sgd"},
+    "logged": {"logging_strategy": "steps", "logging_steps": 1, "include_num_input_tokens_seen": "all"},
 }
 
 
@@ -154,6 +155,7 @@ def train(case: str, folder: Path, *, rank: int = 0, resume: bool = False, **arg
         "last_loss": last.value,
         "steps": trainer.state.global_step,
         "forward_passes": trainer.update.forward_passes,
+        "tokens": trainer.state.num_input_tokens_seen,
         "world_size": trainer.accelerator.num_processes,
     }
 

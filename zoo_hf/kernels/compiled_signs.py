@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..noise import DISTRIBUTIONS, PURPOSE_ENTRIES, Direction, Rademacher, parameter_id, philox_words
+from ..noise import DISTRIBUTIONS, PURPOSE_ENTRIES, Direction, Rademacher, parameter_id, philox_words, spans
 
 
 COMPILED_BLOCKS = 1 << 13  # one size for every call, so that one compilation serves all parameters
@@ -24,10 +24,10 @@ class CompiledRademacher(Rademacher):
         packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
         words = _compiled(device)
         for row, (seed, step, index) in zip(packed, directions, strict=True):
-            for first in range(start, stop, COMPILED_BLOCKS):
-                name = torch.tensor([first, parameter_id(parameter_name), step, seed, index], device=device)
-                part = row[first - start : first - start + COMPILED_BLOCKS]
-                part.copy_(words(name)[: len(part)])
+            for first, last in spans(stop - start, COMPILED_BLOCKS):
+                name = [start + first, parameter_id(parameter_name), step, seed, index]
+                for place, word in enumerate(words(torch.tensor(name, device=device))):
+                    row[first:last, place] = word[: last - first]
         return packed.view(torch.uint8).flatten(1)
 
 
@@ -40,13 +40,13 @@ def use_compiler(enabled: bool = True) -> None:
 
 
 @functools.cache
-def _compiled(device: torch.device) -> Callable[[Tensor], Tensor]:
+def _compiled(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
     return torch.compile(_words, dynamic=False, fullgraph=True)
 
 
-def _words(name: Tensor) -> Tensor:
-    """Words of 8,192 blocks, (K, 4) int32, from (first block, parameter id, step, seed, direction index)."""
+def _words(name: Tensor) -> list[Tensor]:
+    """The words of 8,192 blocks, (K,) int32 each, from (first block, parameter id, step, seed, direction index)."""
     first, parameter, step, seed, index = name.unbind()
     number = torch.arange(COMPILED_BLOCKS, device=name.device) + first
     words = philox_words([number, torch.full_like(parameter, PURPOSE_ENTRIES), parameter, step], [seed, index])
-    return torch.stack(words, dim=-1).to(torch.int32)
+    return [word.to(torch.int32) for word in words]

@@ -1,21 +1,48 @@
 """Recurrent language models for transformers, known to its Auto classes once this package is imported."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .configuration_dnc import DNCConfig
+from .configuration_mamba2 import ZooMamba2Config
 from .configuration_rnn import RNNConfig
+from .configuration_rwkv7 import RWKV7Config
+from .modeling_dnc import DNCForCausalLM, DNCModel
+from .modeling_mamba2 import ZooMamba2ForCausalLM, ZooMamba2Model
 from .modeling_rnn import RNNForCausalLM, RNNModel
+from .modeling_rwkv7 import RWKV7ForCausalLM, RWKV7Model
 
 
-AutoConfig.register("zoo_rnn", RNNConfig, exist_ok=True)
-AutoModel.register(RNNConfig, RNNModel, exist_ok=True)
-AutoModelForCausalLM.register(RNNConfig, RNNForCausalLM, exist_ok=True)
-# the Trainer's label smoothing shifts the labels of the classes in this table, which `register` does not write
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["zoo_rnn"] = RNNForCausalLM.__name__
+def _register(
+    config: type[PreTrainedConfig], model: type[PreTrainedModel], language_model: type[PreTrainedModel]
+) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, language_model, exist_ok=True)
+    # the Trainer's label smoothing shifts the labels of the classes in this table, which `register` does not write
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = language_model.__name__
+    # save_pretrained and push_to_hub write the code next to the weights: a checkpoint loads without zoo_hf
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    language_model.register_for_auto_class("AutoModelForCausalLM")
 
-# save_pretrained and push_to_hub write the code next to the weights: a checkpoint loads without zoo_hf
-RNNConfig.register_for_auto_class()
-RNNModel.register_for_auto_class("AutoModel")
-RNNForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["RNNConfig", "RNNForCausalLM", "RNNModel"]
+_register(DNCConfig, DNCModel, DNCForCausalLM)
+_register(RNNConfig, RNNModel, RNNForCausalLM)
+_register(RWKV7Config, RWKV7Model, RWKV7ForCausalLM)
+_register(ZooMamba2Config, ZooMamba2Model, ZooMamba2ForCausalLM)
+
+__all__ = [
+    "DNCConfig",
+    "DNCForCausalLM",
+    "DNCModel",
+    "RNNConfig",
+    "RNNForCausalLM",
+    "RNNModel",
+    "RWKV7Config",
+    "RWKV7ForCausalLM",
+    "RWKV7Model",
+    "ZooMamba2Config",
+    "ZooMamba2ForCausalLM",
+    "ZooMamba2Model",
+]

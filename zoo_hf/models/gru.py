@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .recurrent import merge_heads, recurrent_blocks, split_heads
+from .heads import merge_heads, recurrent_blocks, split_heads, split_state
+from .padding import put_back, to_front
+from .recurrent_layer import RecurrentLayer
 
 
 class GRUWeights(NamedTuple):
@@ -35,32 +37,19 @@ class GRUWeights(NamedTuple):
     candidate_bias: Tensor
 
 
-class GRU(nn.Module):
-    """One layer.
-
-    Args:
-        input_size: width of the inputs.
-        hidden_size: H, width of the outputs and of the state's one slot.
-        num_heads: N, blocks of the recurrent matrix; divides H.
-    """
+class GRU(RecurrentLayer):
+    """One layer, see `RecurrentLayer`; its state is h."""
 
     gates = 3
-    slots = 1  # h
+    slots = 1
+    learnable_slots = 1
 
-    def __init__(self, input_size: int, hidden_size: int, num_heads: int = 1):
-        super().__init__()
-        head_size = hidden_size // num_heads
-        self.input_weight = nn.Parameter(torch.empty(self.gates * hidden_size, input_size))
-        self.recurrent_weight = nn.Parameter(torch.empty(self.gates, num_heads, head_size, head_size))
-        self.bias = nn.Parameter(torch.empty(self.gates * hidden_size))
-        self.candidate_bias = nn.Parameter(torch.empty(hidden_size))
-        self.reset_parameters()
+    candidate_bias: nn.Parameter
 
-    def reset_parameters(self) -> None:
-        """Uniform in ±1/√H, as torch."""
-        bound = self.candidate_bias.numel() ** -0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+    @classmethod
+    def shapes(cls, input_size: int, hidden_size: int, num_heads: int) -> dict[str, tuple[int, ...]]:
+        """The parameters and their shapes, see `GRUWeights`."""
+        return {**super().shapes(input_size, hidden_size, num_heads), "candidate_bias": (hidden_size,)}
 
     def forward(self, inputs: Tensor, state: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and final state, see `gru_scan`."""
@@ -69,10 +58,10 @@ class GRU(nn.Module):
 
 
 def gru(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`gru_scan` by the fastest way there is: torch's kernel for one head and no padding, otherwise the scan."""
-    transformed = torch._C._are_functorch_transforms_active()  # torch.gru has no batching rule for torch.func.vmap
-    if real is None and weights.recurrent.shape[1] == 1 and not transformed:
-        return gru_fused(inputs, state, weights)
+    """`gru_scan` by the fastest way there is: torch's kernel for one head, or else the scan."""
+    # the kernel has no rule for torch.func.vmap
+    if weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active():
+        return gru_fused(inputs, state, weights, real)
     return gru_scan(inputs, state, weights, real)
 
 
@@ -88,26 +77,30 @@ def gru_scan(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | 
     gates, heads, size, _ = weights.recurrent.shape
     pre = split_heads(F.linear(inputs, weights.input, weights.bias), gates, heads)  # (T, N, B, 3D)
     blocks = recurrent_blocks(weights.recurrent)  # (N, D, 3D)
-    candidate_bias = weights.candidate_bias.view(heads, 1, size)
-    h = state.unflatten(-1, (heads, size)).permute(1, 2, 0, 3).squeeze(0)  # (N, B, D)
+    recurrent_bias = F.pad(weights.candidate_bias.view(heads, 1, size), (2 * size, 0))  # (N, 1, 3D)
+    (h,) = split_state(state, heads)  # (N, B, D)
     outputs = []
     for t in range(inputs.shape[1]):
-        input_r, input_z, input_n = pre[t].chunk(3, dim=-1)  # (N, B, D) each
-        recurrent_r, recurrent_z, recurrent_n = torch.bmm(h, blocks).chunk(3, dim=-1)  # (N, B, D) each
-        r, z = (input_r + recurrent_r).sigmoid(), (input_z + recurrent_z).sigmoid()
-        n = (input_n + r * (recurrent_n + candidate_bias)).tanh()
-        new_h = (1 - z) * n + z * h
+        input_gates, input_n = pre[t].split([2 * size, size], dim=-1)  # (N, B, 2D), (N, B, D)
+        recurrent_gates, recurrent_n = torch.baddbmm(recurrent_bias, h, blocks).split([2 * size, size], dim=-1)
+        r, z = (input_gates + recurrent_gates).sigmoid().chunk(2, dim=-1)  # (N, B, D) each
+        n = torch.addcmul(input_n, r, recurrent_n).tanh()
+        new_h = torch.addcmul(n, z, h - n)  # (1 − z)∘n + z∘h
         h = new_h if real is None else torch.where(real[:, t, None], new_h, h)
         outputs.append(h)
     return merge_heads(outputs), merge_heads([h])
 
 
 @torch.compiler.disable  # left whole: inductor would unroll it over time, 50 s of compiling for 16 tokens
-def gru_fused(inputs: Tensor, state: Tensor, weights: GRUWeights) -> tuple[Tensor, Tensor]:
-    """`gru_scan` for one head and no padding, by torch's kernel (cuDNN on a GPU)."""
-    size = weights.candidate_bias.numel()
-    recurrent_bias = torch.cat([weights.bias.new_zeros(2 * size), weights.candidate_bias])
+def gru_fused(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`gru_scan` for one head by torch's kernel (cuDNN on a GPU)."""
+    if real is not None:
+        there, _ = to_front(real)
+        inputs = inputs.take_along_dim(there[..., None], dim=1)
+    recurrent_bias = F.pad(weights.candidate_bias, (2 * weights.candidate_bias.numel(), 0))
     flat = [weights.input, weights.recurrent.flatten(0, 2), weights.bias, recurrent_bias]
     train = torch.is_grad_enabled()  # keeps what a backward pass needs
-    outputs, h = torch.gru(inputs, state.transpose(0, 1), flat, True, 1, 0.0, train, False, True)
-    return outputs, h.transpose(0, 1)
+    outputs, _ = torch.gru(inputs, state.transpose(0, 1).contiguous(), flat, True, 1, 0.0, train, False, True)
+    if real is not None:
+        outputs = put_back(outputs, state[:, 0], real)
+    return outputs, outputs[:, -1:]

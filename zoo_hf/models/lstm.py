@@ -11,87 +11,59 @@ References:
     Computation 12(10), 2000.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .recurrent import merge_heads, recurrent_blocks, split_heads
-
-
-class LSTMWeights(NamedTuple):
-    """The parameters of one layer.
-
-    Args:
-        input: W_in, (4H, input_size).
-        recurrent: R, (4, N, D, D) [gate, head, out, in]; for N = 1 viewed as (4H, H) it is torch's `weight_hh_l0`.
-        bias: b, (4H): the sum of torch's two.
-    """
-
-    input: Tensor
-    recurrent: Tensor
-    bias: Tensor
+from .heads import merge_heads, recurrent_blocks, split_heads, split_state
+from .padding import put_back, to_front
+from .recurrent_layer import LayerWeights, RecurrentLayer
 
 
-class LSTM(nn.Module):
-    """One layer.
+TOKENS_FOR_KERNELS = 256  # fewer do not pay for a call a head; measured on a CPU for 2 to 64 heads
+SATURATED = 1e4  # σ(±SATURATED) is 1 and 0 in every floating dtype
 
-    Args:
-        input_size: width of the inputs.
-        hidden_size: H, width of the outputs and of both slots of the state.
-        num_heads: N, blocks of the recurrent matrix; divides H.
-    """
+
+class LSTM(RecurrentLayer):
+    """One layer, see `RecurrentLayer`; its state is h and c."""
 
     gates = 4
-    slots = 2  # h, c
-
-    def __init__(self, input_size: int, hidden_size: int, num_heads: int = 1):
-        super().__init__()
-        head_size = hidden_size // num_heads
-        self.input_weight = nn.Parameter(torch.empty(self.gates * hidden_size, input_size))
-        self.recurrent_weight = nn.Parameter(torch.empty(self.gates, num_heads, head_size, head_size))
-        self.bias = nn.Parameter(torch.empty(self.gates * hidden_size))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Uniform in ±1/√H, as torch."""
-        bound = (self.bias.numel() // self.gates) ** -0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+    slots = 2
+    learnable_slots = 2
 
     def forward(self, inputs: Tensor, state: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and final state, see `lstm_scan`."""
-        return lstm(inputs, state, LSTMWeights(self.input_weight, self.recurrent_weight, self.bias), real)
+        return lstm(inputs, state, LayerWeights(self.input_weight, self.recurrent_weight, self.bias), real)
 
 
-def lstm(inputs: Tensor, state: Tensor, weights: LSTMWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`lstm_scan` by the fastest way there is: torch's kernel for one head and no padding, otherwise the scan."""
-    transformed = torch._C._are_functorch_transforms_active()  # torch.lstm has no batching rule for torch.func.vmap
-    if real is None and weights.recurrent.shape[1] == 1 and not transformed:
-        return lstm_fused(inputs, state, weights)
+def lstm(inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`lstm_scan` by the fastest way there is: torch's kernel, on a CPU a head at a time, or else the scan."""
+    one_head = weights.recurrent.shape[1] == 1
+    pays = one_head or (inputs.device.type == "cpu" and inputs.shape[:2].numel() >= TOKENS_FOR_KERNELS)
+    if pays and not torch._C._are_functorch_transforms_active():  # the kernel has no rule for torch.func.vmap
+        return lstm_fused(inputs, state, weights, real)
     return lstm_scan(inputs, state, weights, real)
 
 
 def lstm_scan(
-    inputs: Tensor, state: Tensor, weights: LSTMWeights, real: Tensor | None = None
+    inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, T, H) and final state (B, 2, H) of one layer, one token after the other.
 
     Args:
         inputs: (B, T, input_size).
         state: (B, 2, H), h and c before the first token; not modified.
-        weights: shapes as in `LSTMWeights`.
+        weights: shapes as in `LayerWeights`.
         real: (B, T) booleans, where False holds the state; None if all tokens are real.
     """
-    gates, heads, size, _ = weights.recurrent.shape
+    gates, heads = weights.recurrent.shape[:2]
     pre = split_heads(F.linear(inputs, weights.input, weights.bias), gates, heads)  # (T, N, B, 4D)
     blocks = recurrent_blocks(weights.recurrent)  # (N, D, 4D)
-    h, c = state.unflatten(-1, (heads, size)).permute(1, 2, 0, 3).unbind(0)  # (N, B, D) each
+    h, c = split_state(state, heads)  # (N, B, D) each
     outputs = []
     for t in range(inputs.shape[1]):
         i, f, g, o = torch.baddbmm(pre[t], h, blocks).chunk(4, dim=-1)  # (N, B, D) each
-        new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        new_c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
         new_h = o.sigmoid() * new_c.tanh()
         if real is None:
             h, c = new_h, new_c
@@ -103,10 +75,53 @@ def lstm_scan(
 
 
 @torch.compiler.disable  # left whole: inductor would unroll it over time, 40 s of compiling for 16 tokens
-def lstm_fused(inputs: Tensor, state: Tensor, weights: LSTMWeights) -> tuple[Tensor, Tensor]:
-    """`lstm_scan` for one head and no padding, by torch's kernel (oneDNN on a CPU, cuDNN on a GPU)."""
+def lstm_fused(
+    inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`lstm_scan` by torch's kernel (oneDNN on a CPU, cuDNN on a GPU), each head as an LSTM of its own."""
+    before = state[:, 0]  # h
+    if real is not None:
+        inputs, weights = with_held_cells(inputs, weights, real)
+    heads = weights.recurrent.shape[1]
+    if heads == 1:
+        outputs, state = torchs_lstm(inputs, state, weights)
+    else:
+        states = state.unflatten(-1, (heads, -1)).unbind(2)  # (B, 2, D) each
+        runs = [torchs_lstm(inputs, own, weights_of_head(weights, n)) for n, own in enumerate(states)]
+        outputs, state = (torch.cat(parts, dim=-1) for parts in zip(*runs, strict=True))
+    if real is not None:
+        outputs = put_back(outputs, before, real)
+        state = torch.stack([outputs[:, -1], state[:, 1]], dim=1)
+    return outputs, state
+
+
+def torchs_lstm(inputs: Tensor, state: Tensor, weights: LayerWeights) -> tuple[Tensor, Tensor]:
+    """Outputs (B, T, H) and final state (B, 2, H) of one head."""
     flat = [weights.input, weights.recurrent.flatten(0, 2), weights.bias, torch.zeros_like(weights.bias)]
-    h, c = state.unsqueeze(0).unbind(2)  # (1, B, H) each
+    h, c = state.transpose(0, 1).contiguous().unsqueeze(1).unbind(0)  # (1, B, H) each
     train = torch.is_grad_enabled()  # keeps what a backward pass needs
     outputs, h, c = torch.lstm(inputs, (h, c), flat, True, 1, 0.0, train, False, True)
     return outputs, torch.cat([h, c]).transpose(0, 1)
+
+
+def weights_of_head(weights: LayerWeights, head: int) -> LayerWeights:
+    """The weights of one head, as those of a layer with D units."""
+    gates, heads = weights.recurrent.shape[:2]
+    return LayerWeights(
+        weights.input.unflatten(0, (gates, heads, -1))[:, head].flatten(0, 1),  # (4D, input_size)
+        weights.recurrent[:, head : head + 1],  # (4, 1, D, D)
+        weights.bias.view(gates, heads, -1)[:, head].flatten(),  # (4D)
+    )
+
+
+def with_held_cells(inputs: Tensor, weights: LayerWeights, real: Tensor) -> tuple[Tensor, LayerWeights]:
+    """Inputs with all padding on the right and one more feature, that of padding, and W_in with its column.
+
+    The column opens the forget gate and shuts the input gate: a kernel that knows of no mask holds c on padding.
+    """
+    there, _ = to_front(real)
+    padding = (~real).take_along_dim(there, dim=1)[..., None]  # (B, T, 1)
+    inputs = torch.cat([inputs.take_along_dim(there[..., None], dim=1), padding.to(inputs.dtype)], dim=-1)
+    column = weights.bias.new_zeros(4, len(weights.bias) // 4)
+    column[0], column[1] = -SATURATED, SATURATED
+    return inputs, weights._replace(input=torch.cat([weights.input, column.view(-1, 1)], dim=1))

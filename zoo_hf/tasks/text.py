@@ -6,9 +6,11 @@ References:
 """
 
 import math
+import re
+from functools import partial
 from itertools import accumulate, chain
 from pydoc_data.topics import topics
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 END_OF_TEXT = "<|endoftext|>"
+_BYTE = re.compile("<0x[0-9A-F]{2}>$")  # how SentencePiece names the tokens of single bytes
 
 AnyDataset = TypeVar("AnyDataset", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 
@@ -93,7 +96,9 @@ def token_blocks(
     is dropped.
 
     Args:
-        dataset: rows with a column `text`, or else with text in their first column; a streaming dataset stays one.
+        dataset: rows with a column `text`, or else with text in their first column; a missing text is an empty one. A
+            streaming dataset stays one.
+        tokenizer: its special tokens are added to each row, if it adds any.
         block_size: in tokens.
         num_proc, load_from_cache_file: as in `Dataset.map`; a streaming dataset has no use for them.
     """
@@ -102,9 +107,13 @@ def token_blocks(
     columns = _columns(dataset)
     text = "text" if "text" in columns else columns[0]
 
-    def cut(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    def cut(rows: dict[str, list[str | None]]) -> dict[str, list[list[int]]]:
+        texts = ["" if row is None else row for row in rows[text]]  # an empty cell of a table is None
+        for row in texts:
+            if not isinstance(row, str):
+                raise ValueError(f"Column `{text}` must hold text, not {row!r}: give the text's the name `text`.")
         # verbose=False: a text longer than the model's context is no mistake here, it will be cut
-        ids = list(chain.from_iterable(tokenizer(rows[text], verbose=False)["input_ids"]))
+        ids = list(chain.from_iterable(tokenizer(texts, verbose=False)["input_ids"]))
         blocks = [ids[start : start + block_size] for start in range(0, len(ids) - block_size + 1, block_size)]
         return {"input_ids": blocks, "labels": [block.copy() for block in blocks]}
 
@@ -121,12 +130,43 @@ def token_blocks(
 
 
 def bits_per_byte(loss: float, blocks: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase) -> float:
-    """`loss`, in nats a token, as bits for each UTF-8 byte of the text in `blocks`: comparable between tokenizers."""
+    """`loss`, in nats a token, as bits for each UTF-8 byte of the text predicted: comparable between tokenizers.
+
+    All tokens of a block but its first are predicted. Special tokens cost bits and spell no byte.
+
+    Args:
+        loss: mean over all predicted tokens of `blocks`.
+        blocks: rows of `input_ids`, as `token_blocks` makes them.
+    """
     rows = [row["input_ids"] for row in blocks]
-    tokens_per_byte = sum(map(len, rows)) / sum(len(text.encode()) for text in tokenizer.batch_decode(rows))
-    return loss / math.log(2) * tokens_per_byte
+    predicted = list(chain.from_iterable(row[1:] for row in rows))
+    size = _bytes(predicted, rows[0][:1], tokenizer) if predicted else 0
+    if not size:
+        raise ValueError("`blocks` hold no predicted text: give at least one block of two or more tokens.")
+    return loss / math.log(2) * len(predicted) / size
+
+
+def _bytes(ids: list[int], before: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes that tokens spell, also where they end, or start, within a character; `before` stands before them.
+
+    A token of a byte-level tokenizer is counted by its own bytes. Others are decoded all at once, as some spell a
+    space only between others, but for tokens of a single byte, which have a name like <0xE9>.
+    """
+    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        added = tokenizer.added_tokens_decoder  # their names are text, all others' have a character for each byte
+        lengths = {id: 0 if token.special else len(token.content.encode()) for id, token in added.items()}
+        names = tokenizer.convert_ids_to_tokens(ids)
+        return sum(lengths.get(id, len(name)) for id, name in zip(ids, names, strict=True))
+    texts = [id for id, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True) if not _BYTE.match(name)]
+    # `before` stays in its place while decoding, as decoders drop a space that nothing stands before
+    decode: Any = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(ids) - len(texts) + len(decode(before + texts).encode()) - len(decode(before).encode())
 
 
 def _columns(dataset: AnyDataset) -> list[str]:
     split = next(iter(dataset.values())) if isinstance(dataset, dict) else dataset
-    return split.column_names or list(next(iter(split)))  # a stream may not know its columns before its first row
+    # a stream may not know its columns before its first row
+    columns = split.column_names or list(next(iter(split), {}))
+    if not columns:
+        raise ValueError("`dataset` has neither rows nor columns: there is no text to cut.")
+    return columns
