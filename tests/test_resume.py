@@ -87,6 +87,7 @@ OTHER = {
     "estimator": ("central", "forward"),
     "distribution": ("rademacher", "gaussian"),
     "dropout": (False, True),
+    "carry_state": (False, True),
     "seed": (42, 7),
     "max_grad_norm": (0.0, 0.5),
 }
