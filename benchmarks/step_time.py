@@ -25,8 +25,8 @@ from zoo_hf import RNNConfig, RNNForCausalLM, ZOOConfig, ZOOTrainer
 
 
 SIZES = {  # label: (model, batch size, tokens, directions)
-    "0.5M": ({"embedding_size": 128, "hidden_size": 256}, 16, 64, 8),
-    "7M": ({"embedding_size": 512, "hidden_size": 1024}, 16, 64, 8),
+    "0.5M": ({"embedding_size": 128, "hidden_size": 256}, 16, 64, 4),
+    "7M": ({"embedding_size": 512, "hidden_size": 1024}, 16, 64, 4),
     "50M": ({"embedding_size": 1024, "hidden_size": 2048, "num_layers": 2}, 16, 128, 2),
 }
 STEPS = ("zoo", "floor", "mezo", "bptt")
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7, help="Times each step is timed.")
+    parser.add_argument("--rounds", type=int, default=15, help="Times each step is timed.")
     options = parser.parse_args()
     rows = [measure(size, dtype, options.rounds) for size in options.sizes for dtype in options.dtypes]
     print(table(rows))

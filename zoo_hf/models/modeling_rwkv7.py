@@ -90,9 +90,8 @@ class RWKV7Attention(nn.Module):
         share, unit = unit_shares(config.hidden_size)
         zigzag = torch.linspace(-1, 1, config.head_dim, dtype=torch.float32).repeat(config.num_heads)
         zigzag = zigzag * zigzag.abs()
-        for mix, power in [(self.x_r, 0.2), (self.x_w, 0.9), (self.x_k, 0.7)]:
-            init.copy_(mix, 1 - share ** (power * left))
-        for mix, power in [(self.x_v, 0.7), (self.x_a, 0.9), (self.x_g, 0.2)]:
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        for mix, power in zip(mixes, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
             init.copy_(mix, 1 - share ** (power * left))
         init.copy_(self.k_k, 0.71 - 0.1 * (unit - 0.5))
         init.constant_(self.k_a, 1.02)
@@ -121,6 +120,18 @@ class RWKV7Attention(nn.Module):
             first: v_first, (B, T, H); None in the first layer.
             real: (B, T) booleans, False where a position is padding; None if all are real.
         """
+        steps, gate, last = self.project(inputs, before, first=first, real=real)
+        now = (steps.r * steps.k * self.r_k).sum(-1, keepdim=True) * steps.v  # (B, T, N, D)
+        outputs, matrices = rwkv7(steps if real is None else steps.held(real), matrices)  # (B, T, N, D)
+        # the group norm of every token by itself is a layer norm in every head, which torch has a faster kernel for
+        normed = F.layer_norm(outputs, outputs.shape[-1:], eps=self.g_norm.eps).flatten(2).to(gate.dtype)
+        outputs = torch.addcmul(self.g_norm.bias + now.flatten(2), normed, self.g_norm.weight)
+        return self.o_proj(outputs * gate), last, matrices, steps.v.flatten(2) if first is None else first
+
+    def project(
+        self, inputs: Tensor, before: Tensor, *, first: Tensor | None, real: Tensor | None
+    ) -> tuple[Steps, Tensor, Tensor]:
+        """What the recurrence reads, the gate g (B, T, H), and the last input (B, H), see `forward`."""
         shifted, last = previous_tokens(inputs, before, real)
         delta = shifted - inputs
 
@@ -128,30 +139,18 @@ class RWKV7Attention(nn.Module):
             return torch.addcmul(inputs, delta, share)
 
         x_v = mixed(self.x_v)
-        value = self.v_proj(x_v)
-        if self.v_lora is None or first is None:
-            first = value
-        else:
-            value = torch.lerp(value, first, self.v_lora(x_v).sigmoid())
+        v = self.v_proj(x_v)
+        if self.v_lora is not None and first is not None:
+            v = torch.lerp(v, first, self.v_lora(x_v).sigmoid())
         r, k = self.r_proj(mixed(self.x_r)), self.k_proj(mixed(self.x_k))
-        steps = self.steps(r, k, value, decay=self.w_lora(mixed(self.x_w)), rate=self.a_lora(mixed(self.x_a)))
-        now = (steps.r * steps.k * self.r_k).sum(-1, keepdim=True) * steps.v  # (B, T, N, D)
-        outputs, matrices = rwkv7(steps if real is None else steps.held(real), matrices)  # (B, T, N, D)
-        # the group norm of every token by itself is a layer norm in every head, which torch has a faster kernel for
-        normed = F.layer_norm(outputs, outputs.shape[-1:], eps=self.g_norm.eps).flatten(2).to(value.dtype)
-        outputs = torch.addcmul(self.g_norm.bias + now.flatten(2), normed, self.g_norm.weight)
-        return self.o_proj(outputs * self.g_lora(mixed(self.x_g))), last, matrices, first
-
-    def steps(self, r: Tensor, k: Tensor, v: Tensor, *, decay: Tensor, rate: Tensor) -> Steps:
-        """What the recurrence reads; r, k, v, and decay and rate before their sigmoids, are (B, T, H)."""
+        rate = self.a_lora(mixed(self.x_a)).sigmoid()
+        log_decay = -math.exp(-0.5) * self.w_lora(mixed(self.x_w)).sigmoid()
+        kappa = k * self.k_k
+        k = torch.addcmul(k, k * (rate - 1), self.k_a)
         heads = (self.config.num_heads, self.config.head_dim)
-        rate = rate.sigmoid()
-        kappa = (k * self.k_k).unflatten(-1, heads)
-        kappa = kappa * (kappa.square().sum(-1, keepdim=True) + self.config.key_eps).rsqrt()
-        key = torch.addcmul(k, k * (rate - 1), self.k_a)
-        log_decay = -math.exp(-0.5) * decay.sigmoid()
-        r, log_decay, key, v, rate = (entries.unflatten(-1, heads) for entries in (r, log_decay, key, v, rate))
-        return Steps(r, log_decay, key, v, kappa, rate)
+        steps = Steps(*(entries.unflatten(-1, heads) for entries in (r, log_decay, k, v, kappa, rate)))
+        length = (steps.kappa.square().sum(-1, keepdim=True) + self.config.key_eps).rsqrt()  # (B, T, N, 1)
+        return steps._replace(kappa=steps.kappa * length), self.g_lora(mixed(self.x_g)), last
 
 
 class RWKV7FeedForward(nn.Module):
