@@ -60,7 +60,7 @@ def alone(accelerator: Accelerator) -> Iterator[None]:
 def same_batches(accelerator: Accelerator, seed: int, seed_worker: Callable[..., None]) -> Iterator[None]:
     """Data loaders prepared inside the block give the same batches to all ranks, instead of a share to each.
 
-    Arguments:
+    Args:
         seed: of the order of examples, unless the accelerator has a `data_seed`.
         seed_worker: what seeds a loader's workers, as `seed_worker(worker_id, num_workers, rank)`.
     """

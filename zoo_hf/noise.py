@@ -63,7 +63,7 @@ class Distribution(Hashable, Protocol):
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Four random 32-bit words for every counter, (…, 4) int64 in [0, 2³²).
 
-    Arguments:
+    Args:
         counter: integers (…, 4) in [0, 2³²).
         key: integers (…, 2) in [0, 2³²), broadcast against the counter.
 
@@ -186,7 +186,7 @@ def entries(
 ) -> Tensor:
     """Entries start … stop − 1 of z for one parameter, flattened, (stop − start,).
 
-    Arguments:
+    Args:
         direction: the name of z.
         parameter_name: the parameter's name in the unwrapped model.
         start, stop: 0 ≤ start ≤ stop; any slice equals that slice of the whole.

@@ -38,7 +38,7 @@ def probe(
 
     Member (z, s) is evaluated at round(θ + s ε z), rounded once, to each weight's dtype.
 
-    Arguments:
+    Args:
         objective: evaluates the model at its present weights; returns a scalar.
         parameters: name → weight, contiguous; the names are those of the unwrapped model.
         smoothing_radius: ε > 0, in units of the weights.
@@ -107,7 +107,7 @@ class Displacement:
     directions is held, as many as fit into 1 MiB or a twentieth of the weights, so that the two members of a pair
     share it; where not even one fits, it is made again.
 
-    Arguments:
+    Args:
         parameters: name → weight, contiguous, to be written.
         saved: θ, not modified.
         directions: those that will be asked for, in that order.

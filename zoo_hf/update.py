@@ -61,7 +61,7 @@ class Update(torch.optim.Optimizer):
     For each parameter: make ĝ, set `.grad`, step, drop it. Neighbouring small parameters share a call, so that ĝ
     never takes more memory than the largest parameter. Everything else is the optimizer's own.
 
-    Arguments:
+    Args:
         optimizer: any torch optimizer that works from `.grad`.
         names: parameter → its name in the unwrapped model, for every parameter of the optimizer.
 
