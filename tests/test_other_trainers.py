@@ -66,9 +66,6 @@ def loss_of(model: nn.Module, examples: list[dict[str, torch.Tensor]]) -> float:
         return model(input_ids=tokens, labels=tokens).loss.item()
 
 
-# ---- TRL ----
-
-
 @pytest.fixture
 def sft(config, tokenizer):
     """`sft(model, examples, **arguments)`: a zero-order SFTTrainer, and the same model's stock one."""
@@ -163,9 +160,6 @@ def test_what_sft_books_between_two_entries_of_the_log_does_not_grow_with_the_pr
     assert made._metrics["eval"] == {}
 
 
-# ---- sequence to sequence ----
-
-
 def test_seq2seq_trains_and_predicts_with_generate(config):
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
@@ -191,9 +185,6 @@ def test_seq2seq_trains_and_predicts_with_generate(config):
     generated = model.generate(tokens, max_length=5, num_beams=1, do_sample=False)
     assert output.predictions[:, :5].tolist() == generated.tolist()  # padded to the model's default length
     assert not output.predictions[:, 5:].any()
-
-
-# ---- adapters ----
 
 
 def lora(model: nn.Module) -> PeftModel:
@@ -246,9 +237,6 @@ def test_a_step_on_an_adapter_is_the_estimate_over_the_adapter_alone(config):
     for name, parameter in parameters.items():
         expected = start[name] - 0.5 * gradient(estimate, name, parameter)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
-
-
-# ---- models that change under a forward pass ----
 
 
 @pytest.mark.parametrize("evaluated_before", [False, True])

@@ -28,9 +28,6 @@ def two_processes(monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
 
 
-# ---- sharding ----
-
-
 @pytest.mark.parametrize(("name", "value"), [("fsdp", True), ("deepspeed", {"zero_optimization": {"stage": 2}})])
 def test_sharding_in_the_arguments_is_refused(config, name, value):
     args = config()
@@ -53,9 +50,6 @@ def test_sharding_that_accelerate_was_configured_for_is_refused(config, monkeypa
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", found)
     with pytest.raises(ValueError, match=r"Remove `fsdp`, `deepspeed` .* also from the accelerate configuration"):
         ZOOTrainer(tiny_lstm(), config())
-
-
-# ---- dtypes and the radius ----
 
 
 def test_a_float16_model_on_a_cpu_is_refused(config):
@@ -112,9 +106,6 @@ def test_8_bit_mixed_precision_is_refused(config, monkeypatch):
         ZOOTrainer(tiny_lstm(), config())
 
 
-# ---- parameters ----
-
-
 def test_a_model_without_a_trainable_parameter_is_refused(config):
     with pytest.raises(
         ValueError, match="No parameter has `requires_grad=True`: unfreeze some, or add a PEFT adapter"
@@ -144,9 +135,6 @@ def test_two_names_with_one_id_are_refused(config):
     assert parameter_id("plumless") == parameter_id("buckeroo") == 0x4DDB0C25
     with pytest.raises(ValueError, match="'plumless' and 'buckeroo' have the same 32-bit id: rename one"):
         ZOOTrainer(Collision(), config())
-
-
-# ---- arguments ----
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
@@ -181,9 +169,6 @@ def test_what_a_search_sets_in_plain_arguments_outlives_the_next_accelerator(con
 def test_what_would_give_ranks_different_batches_is_refused_with_several(config, two_processes, arguments, remedy):
     with pytest.raises(ValueError, match=remedy):
         ZOOTrainer(tiny_lstm(), config(**arguments))
-
-
-# ---- switched off ----
 
 
 @pytest.mark.parametrize("where", ["arguments", "model", "both"])

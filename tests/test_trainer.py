@@ -114,9 +114,6 @@ def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-# ---- a step ----
-
-
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("estimator", ["central", "forward"])
 def test_a_step_with_sgd_is_the_formula(trainer, estimator, distribution):
@@ -239,9 +236,6 @@ def test_a_step_outside_of_train_is_an_update_of_one_micro_batch(trainer, wrap):
     made.optimizer.step()
     changed = [not value.equal(dict(before.named_parameters())[name]) for name, value in weights(model).items()]
     assert all(changed)
-
-
-# ---- what a step leaves alone ----
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -423,9 +417,6 @@ def test_a_loss_that_is_always_nan_stops_the_run_with_the_weights_untouched(trai
     torch.testing.assert_close(weights(model), before, **EXACT)
 
 
-# ---- losses ----
-
-
 def tokenizer():
     words = {"<pad>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "<pad>")), pad_token="<pad>")
@@ -538,9 +529,6 @@ def test_bfloat16_autocast_computes_the_losses_of_the_displaced_weights(trainer)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-# ---- gradient accumulation ----
-
-
 class MeanLoss(nn.Module):
     """A model of transformers' kind whose loss is a mean that knows nothing of other micro-batches."""
 
@@ -605,9 +593,6 @@ def test_the_last_window_of_an_epoch_may_be_shorter(trainer, wrap):
         models.append(weights(model))
         assert made.state.global_step == 6
     torch.testing.assert_close(*models, rtol=1e-9, atol=1e-9)
-
-
-# ---- optimizers, learning rates, clipping ----
 
 
 LAYERWISE = {name for name in OptimizerNames if "layerwise" in name.value}
@@ -744,9 +729,6 @@ def test_a_run_is_as_long_as_asked(trainer, limits, steps):
     assert made.update.forward_passes == 2 * steps
 
 
-# ---- logging ----
-
-
 @pytest.mark.parametrize(("estimator", "passes"), [("central", 8), ("forward", 5)])
 def test_forward_passes_are_counted(trainer, estimator, passes):
     made = trainer(tiny_lstm(), texts(8), estimator=estimator, gradient_accumulation_steps=2, max_steps=3)
@@ -818,9 +800,6 @@ def test_trackio_gets_the_figures(trainer):
     for name in ("loss", "coefficient_spread", "left_out", "forward_passes_per_second"):
         assert [row[f"train/{name}"] for row in steps] == logged(made, name)
     assert [row["train/forward_passes"] for row in steps] == [8, 16, 24]
-
-
-# ---- evaluation, checkpoints, searches ----
 
 
 def test_evaluation_computes_metrics_of_preprocessed_logits(trainer):
@@ -1061,9 +1040,6 @@ def test_training_again_goes_on_from_where_the_weights_are(trainer):
     coefficients = coefficients_by_hand(between, made.args, mean_loss(batch(texts(4)))).float()
     torch.testing.assert_close(estimates.seen[0].coefficients, coefficients, **EXACT)
     assert made.update.forward_passes == 32
-
-
-# ---- data ----
 
 
 class Stream(torch.utils.data.IterableDataset):
