@@ -30,7 +30,7 @@ PURPOSE_ENTRIES, PURPOSE_DROPOUT = 0, 4  # what a stream is for; no two purposes
 PHILOX_BLOCKS = 1 << 16  # 4 MiB while they are made
 PACKED_BYTES = 1 << 20
 CHUNK = 1 << 19  # entries unpacked, 2 MiB of float32
-KEPT_BLOCKS = 1 << 14  # packed noise of so few blocks, 256 KiB, is kept for the update; at most 32 of them are
+KEPT_BLOCKS = 1 << 12  # packed noise of so few blocks, 64 KiB, is kept for the update; at most 32 of them are
 
 
 class Direction(NamedTuple):
