@@ -8,7 +8,7 @@ in MB (10⁶ bytes); on a GPU, `torch.cuda.max_memory_allocated`. float32, batch
 Adam would add its two moments, twice the weights, to the last two. Inference runs as many forward passes as the
 zero-order step, one after the other. Two sets of figures: memory in use, for which the C library is told to give freed
 blocks of 64 KiB and more back at once; and "default", what the system sees when it keeps them as it likes, the median
-of three processes, as that varies from one to the next. Linux only.
+of three processes, as that varies from one to the next (one process beyond 4,096 tokens). Linux only.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def figures(context: int) -> dict[str, float]:
     """MB of the weights, of each mode's peak, and what training without backpropagation adds, over the weights."""
     in_use = {mode: in_a_fresh_process(mode, context, MALLOC_MMAP_THRESHOLD_="65536") for mode in MODES}
     default = {
-        mode: statistics.median(in_a_fresh_process(mode, context)["peak"] for _ in range(3)) for mode in MODES[:2]
+        mode: statistics.median(in_a_fresh_process(mode, context)["peak"] for _ in range(1 if context > 4096 else 3))
+        for mode in MODES[:2]
     }
     weights = in_use["zoo"]["weights"]
     return {
