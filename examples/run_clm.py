@@ -283,14 +283,20 @@ def split(blocks: datasets.Dataset, size: int, percentage: float) -> dict[str, d
 
 def load_tokenizer(model_args: ModelArguments) -> Any:
     name = model_args.tokenizer_name or model_args.model_name_or_path
-    return AutoTokenizer.from_pretrained(name, **model_args.hub) if name else byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name, **model_args.hub) if name else byte_tokenizer()
+    except (OSError, ValueError) as error:
+        raise Mistake(f"The tokenizer {name} cannot be loaded: {error}") from error
 
 
 def load_model(model_args: ModelArguments, tokenizer: Any) -> Any:
     """A trained model to fine-tune, or a new one whose vocabulary is the tokenizer's."""
     if model_args.model_name_or_path:
         name, dtype = model_args.model_name_or_path, model_args.dtype
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_args.hub)
+        try:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **model_args.hub)
+        except OSError as error:
+            raise Mistake(f"--model_name_or_path {name}: {error}") from error
     if model_args.config_name:
         config = AutoConfig.from_pretrained(model_args.config_name, **model_args.hub)
     elif model_args.model_type in (known := [config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING]):
@@ -301,8 +307,11 @@ def load_model(model_args: ModelArguments, tokenizer: Any) -> Any:
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     if model_args.config_overrides:
-        config.update_from_string(model_args.config_overrides)
-        config = type(config).from_dict(config.to_dict())  # checks the values
+        try:
+            config.update_from_string(model_args.config_overrides)
+            config = type(config).from_dict(config.to_dict())  # checks the values
+        except ValueError as error:
+            raise Mistake(f"--config_overrides {model_args.config_overrides}: {error}") from error
     dtype = "float32" if model_args.dtype == "auto" else model_args.dtype
     trust = model_args.trust_remote_code
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
@@ -337,7 +346,17 @@ def finish(trainer: ZOOTrainer, data_args: DataTrainingArguments, tokenizer: Any
         print(f"\nIt writes now:\n\n{sample(trainer, tokenizer)}\n")
         print("  ".join(f"{text} {metrics[name]:.3f}" for name, text in FIGURES.items() if name in metrics))
         if args.do_train:
-            print(f"Model, tokenizer, README.md (model card) and loss.png are in {Path(args.output_dir).resolve()}")
+            output = Path(args.output_dir).resolve()
+            plot = " and loss.png" if (output / "loss.png").exists() else ""
+            print(f"Model, tokenizer, README.md (model card){plot} are in {output}")
+
+
+def make_trainer(**arguments: Any) -> ZOOTrainer:
+    """The trainer; what it refuses is the user's mistake."""
+    try:
+        return ZOOTrainer(**arguments)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
 
 
 def set_up_logging(args: ZOOConfig) -> None:
@@ -384,7 +403,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: ZOOC
         raise Mistake(
             f"--block_size must be at most the model's {longest_context(model)}, not {data_args.block_size}."
         )
-    trainer = ZOOTrainer(
+    trainer = make_trainer(
         model=model,
         args=args,
         train_dataset=blocks["train"] if args.do_train else None,

@@ -82,11 +82,21 @@ def test_a_run_draws_its_own_log(trainer, drawn, tmp_path):
     run = trainer(tiny_lstm(), texts(8), {"eval_dataset": texts(4)}, eval_strategy="steps", eval_steps=1)
     run.add_callback(LossPlotCallback())
     run.train()
-    ((figure, path),) = drawn
+    figure, path = drawn[-1]
     assert path == tmp_path / "loss.png"
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert lines(figure)["training"] == [[8, losses[0]], [16, losses[1]]]
     assert [x for x, _ in lines(figure)["validation"]] == [8, 16]
+
+
+def test_an_evaluation_after_the_run_is_drawn_too(trainer, drawn):
+    run = trainer(tiny_lstm(), texts(8), {"eval_dataset": texts(4), "callbacks": [LossPlotCallback()]})
+    run.evaluate()
+    assert drawn == []
+    run.train()
+    before = len(lines(drawn[-1][0]).get("validation", []))  # `train` starts a new log, but for what it resumes
+    run.evaluate()
+    assert len(lines(drawn[-1][0])["validation"]) == before + 1
 
 
 def test_a_checkpoint_has_its_plot(trainer, drawn):

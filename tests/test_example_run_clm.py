@@ -223,6 +223,11 @@ def mistake(run, capsys):
         (["--num_directions", "0"], "`num_directions` must be at least 1, got 0"),
         (["--model_type", "gpt2", "--config_overrides", "n_embd=12,n_positions=16"], "at most the model's 16, not 32"),
         (["--model_type", "lstm"], "--model_type lstm is unknown; choose from .*zoo_rnn"),
+        (["--config_overrides", "hidden_size=abc"], "--config_overrides hidden_size=abc: invalid literal"),
+        (["--config_overrides", "foo=1"], "--config_overrides foo=1: key foo"),
+        (["--model_name_or_path", "/absent"], "/absent cannot be loaded"),
+        (["--smoothing_radius", "1e-12"], "`smoothing_radius`=1e-12 moves only"),
+        (["--fp16"], "float16 on a CPU"),
     ],
 )
 def test_a_mistake_is_an_error_that_names_the_flag_and_the_remedy(mistake, tmp_path, arguments, message):

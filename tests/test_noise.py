@@ -156,3 +156,20 @@ def test_bad_arguments_are_refused_by_name(arguments, message):
 def test_a_direction_outside_the_counters_range_is_refused_and_not_wrapped(number):
     with pytest.raises(ValueError, match=r"must be in \[0, 2\*\*32\), got Direction"):
         entries(DIRECTION._replace(seed=number), "w", 0, 2)
+
+
+def test_words_that_come_as_signed_integers_are_the_same_words():
+    ones = torch.full((4,), -1, dtype=torch.int32), torch.full((2,), -1, dtype=torch.int32)
+    assert philox4x32(*ones).tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stop": 2**39 + 1}, "`stop` must be at most 549755813888"),
+        ({"dtype": torch.int8}, "`dtype` must be a floating one"),
+    ],
+)
+def test_entries_beyond_the_counter_or_of_no_floating_dtype_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        entries(Direction(0, 0, 0), "w", 2**39, **({"stop": 2**39} | arguments))

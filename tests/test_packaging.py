@@ -150,7 +150,8 @@ def test_every_requirement_is_pinned_within_its_range(extra):
                 assert Version(pinned) in requirement.specifier, f"{requirement} on Python {python}: {pinned}"
 
 
-WITH_TRANSFORMERS = {"transformers", "datasets", "huggingface-hub", "tokenizers"}  # constraints-lowest.txt says why
+# constraints-lowest.txt says why
+WITH_TRANSFORMERS = {"transformers", "datasets", "huggingface-hub", "safetensors", "tokenizers"}
 
 
 @pytest.mark.parametrize("extra", [None, "plot", "test", "dev"])

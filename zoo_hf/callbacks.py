@@ -14,7 +14,7 @@ Curve = tuple[list[float], list[float]]  # forward passes, losses
 class LossPlotCallback(TrainerCallback):
     """Draws `loss.png` in the output directory: training and validation loss against forward passes.
 
-    The first process draws it when a checkpoint is saved and at the end of training.
+    The first process draws it when a checkpoint is saved, at the end of training and at evaluations after that.
 
     Raises:
         ImportError: at construction, when matplotlib is not installed.
@@ -28,6 +28,12 @@ class LossPlotCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.on_train_end(args, state, control, **kwargs)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            self.on_train_end(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -64,13 +64,13 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Four random 32-bit words for every counter, (…, 4) int64 in [0, 2³²).
 
     Args:
-        counter: integers (…, 4) in [0, 2³²).
-        key: integers (…, 2) in [0, 2³²), broadcast against the counter.
+        counter: integers (…, 4), taken modulo 2³².
+        key: integers (…, 2), taken modulo 2³², broadcast against the counter.
 
     References:
         Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. (Philox4x32-10)
     """
-    counter, key = counter.to(torch.int64), key.to(torch.int64)
+    counter, key = counter.to(torch.int64) & MASK, key.to(torch.int64) & MASK  # a 32-bit word may have come as signed
     shape = torch.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
     words = philox_words(counter.unbind(-1), key.unbind(-1))
     return torch.stack([word.expand(shape) for word in words], dim=-1)
@@ -193,7 +193,7 @@ def entries(
         distribution: "rademacher" (±1) or "gaussian" (mean 0, variance 1).
 
     Raises:
-        ValueError: unknown distribution, a slice that is none, or a direction that is none.
+        ValueError: unknown distribution, a slice or a direction that is none, or a dtype that is not floating.
     """
     if distribution not in DISTRIBUTIONS:
         raise ValueError(f"`distribution` must be one of {sorted(DISTRIBUTIONS)}, got {distribution!r}.")
@@ -202,6 +202,10 @@ def entries(
     if not 0 <= start <= stop:
         raise ValueError(f"`start` and `stop` must satisfy 0 <= start <= stop, got {start} and {stop}.")
     kind, device = DISTRIBUTIONS[distribution], torch.device(device)
+    if stop > kind.entries_per_block << 32:
+        raise ValueError(f"`stop` must be at most {kind.entries_per_block << 32}, got {stop}: blocks have 32 bits.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating one, got {dtype}.")
     size, length = kind.entries_per_block, kind.packed_per_block
     first, last = start // size, -(-stop // size)
     whole = torch.empty((last - first) * size, dtype=dtype, device=device)
