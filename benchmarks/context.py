@@ -4,8 +4,8 @@
     python benchmarks/context.py --models dnc --tokens 4096 32768
 
 Every figure is the peak resident memory of a fresh process during one step of one direction (batch 1, SGD, float32),
-above what the process held before it made the model, in MB (10⁶ bytes), with freed blocks given back at once; on a
-GPU, `torch.cuda.max_memory_allocated`. Chunks are those of the default configuration, 1,024 tokens. Linux only.
+above what the process held before it made the model (the text is there by then), in MB (10⁶ bytes), with freed blocks
+given back at once; on a GPU, `torch.cuda.max_memory_allocated`. Chunks are those of the default configuration, 1,024 tokens. Linux only.
 """
 
 import argparse
@@ -80,6 +80,7 @@ def measure(name: str, tokens: int) -> dict[str, float]:
 
     import zoo_hf
 
+    ids = torch.randint(0, 256, (1, tokens))
     before = resident("VmRSS")
     kind, sizes, _ = MODELS[name]
     model = AutoModelForCausalLM.from_config(getattr(zoo_hf, kind)(**sizes))
@@ -87,7 +88,7 @@ def measure(name: str, tokens: int) -> dict[str, float]:
         tempfile.mkdtemp(), num_directions=1, optim="sgd", learning_rate=1e-6, use_cpu=not torch.cuda.is_available()
     )
     trainer = zoo_hf.ZOOTrainer(model, args)
-    ids = torch.randint(0, 256, (1, tokens), device=args.device)
+    ids = ids.to(args.device)
     trainer.create_optimizer()
     trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
     reset_peak()
