@@ -5,7 +5,8 @@
 
 Every figure is the peak resident memory of a fresh process during one step of one direction (batch 1, SGD, float32),
 above what the process held before it made the model (the text is there by then), in MB (10⁶ bytes), with freed blocks
-given back at once; on a GPU, `torch.cuda.max_memory_allocated`. Chunks are those of the default configuration, 1,024 tokens. Linux only.
+given back at once; on a GPU, `torch.cuda.max_memory_allocated`. Chunks are those of the default configuration, 1,024
+tokens. Linux only.
 """
 
 import argparse
