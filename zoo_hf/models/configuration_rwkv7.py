@@ -11,7 +11,7 @@ class RWKV7Config(PreTrainedConfig):
     r"""Sizes and choices of an RWKV-7 language model.
 
     Names and meaning are those of the package `flash-linear-attention` (fla). The default sizes are not: they make a
-    model of 165 k parameters for bytes, without special tokens. `from_pretrained` also reads the configuration of a
+    model of 162 k parameters for bytes, without special tokens. `from_pretrained` also reads the configuration of a
     model that fla saved (`model_type` "rwkv7").
 
     Args:
@@ -46,8 +46,9 @@ class RWKV7Config(PreTrainedConfig):
         key_eps (`float`, defaults to 1e-24):
             Added to |κ|² where the removal key κ is brought to length 1. 1e-24 is that of the authors' code and of
             fla's models with `fuse_norm=False`; with `fuse_norm=True` it is 1e-6.
-        embedding_range (`float`, defaults to 1e-4):
-            Initial embeddings are uniform within ± this. The default is the authors', for training by gradients.
+        embedding_range (`float`, defaults to 0.1):
+            Initial embeddings are uniform within ± this. The authors' 1e-4 is for training by gradients: a probe's
+            displacement of 1e-3 would drown it.
         chunk_length (`int`, defaults to 1024):
             Tokens that a forward pass runs at a time; longer sequences are run in chunks that hand on the state. With
             `labels` the head and the loss follow chunk by chunk, so that memory does not grow with the context.
@@ -69,7 +70,7 @@ class RWKV7Config(PreTrainedConfig):
 
     >>> model = RWKV7ForCausalLM(RWKV7Config(hidden_size=256, num_hidden_layers=6))
     >>> model.num_parameters()
-    5350144
+    5354752
     ```
     """
 
@@ -89,7 +90,7 @@ class RWKV7Config(PreTrainedConfig):
     norm_bias: bool = True
     norm_first: bool = True
     key_eps: float = 1e-24
-    embedding_range: float = 1e-4
+    embedding_range: float = 0.1
     chunk_length: int = 1024
     tie_word_embeddings: bool = False
     use_cache: bool = True

@@ -20,15 +20,19 @@ LORA = {"0": "lora.2.bias", "1": "lora.0.weight", "2": "lora.2.weight"}  # w0 + 
 def read_weights(source: str | Path) -> dict[str, Tensor]:
     """All weights of a .pth file, of a folder, or of a model on the Hub."""
     if str(source).endswith(".pth"):
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        return read_torch(source)
     patterns = ["model*.safetensors", "pytorch_model*.bin"]
     folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), allow_patterns=patterns))
     for pattern in patterns:
         files = sorted(folder.glob(pattern))
-        parts = [load_file(f) if f.suffix == ".safetensors" else torch.load(f, weights_only=True) for f in files]
-        if parts:
+        if files:
+            parts = [load_file(file) if file.suffix == ".safetensors" else read_torch(file) for file in files]
             return {name: weight for part in parts for name, weight in part.items()}
     raise ValueError(f"No weights ({' or '.join(patterns)}) in {folder}; name a folder that has some.")
+
+
+def read_torch(file: str | Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
 def from_fla(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

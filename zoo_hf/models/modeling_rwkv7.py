@@ -215,9 +215,18 @@ class RWKV7PreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embeddings"
     _no_split_modules = ["RWKV7Block"]
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of every model in transformers; fla's older format is refused, whose mixes it cannot read."""
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, report = loaded
+        if any(name.endswith(".attn.x_x") for name in report["unexpected_keys"]):
+            raise ValueError("The token-shift mixes are packed in `attn.x_x`; use `RWKV7ForCausalLM.from_fla`.")
+        return (model, report) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Those of the authors' code: no layer adds anything at first, as o_proj and the channel mix's value are 0."""
+        """Those of the authors' code, but for the embedding's range. No layer adds anything at first."""
         if isinstance(module, RWKV7Attention | RWKV7FeedForward):
             module.reset_parameters()
         elif isinstance(module, nn.LayerNorm):
@@ -299,8 +308,9 @@ class RWKV7ForCausalLM(RecurrentForCausalLM, RWKV7PreTrainedModel):
     def _from_weights(
         cls, weights: dict[str, Tensor], config: RWKV7Config, options: dict[str, Any]
     ) -> "RWKV7ForCausalLM":
-        loaded: Any = cls.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
-        model, report = loaded
+        model, report = cls.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True, **options
+        )
         wrong = {problem: names for problem, names in report.items() if names}
         if wrong:
             raise ValueError(f"The weights are not those of an RWKV-7 model: {wrong}; take a file that has them all.")

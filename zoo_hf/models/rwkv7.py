@@ -21,6 +21,7 @@ from torch import Tensor
 
 
 BLOCK = 16  # tokens; decays are at least exp(−e^(−1/2)) = 0.545, so that their product in a block is at least 6e-5
+SEGMENT = 4 * BLOCK  # tokens; more would not stay in a CPU's cache
 
 
 class Steps(NamedTuple):
@@ -73,8 +74,18 @@ def rwkv7_scan(steps: Steps, state: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(outputs, dim=-2).transpose(1, 2), state
 
 
+@torch.compiler.disable  # left whole: inductor would unroll it over blocks
 def rwkv7_blocks(steps: Steps, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`rwkv7_scan`, `BLOCK` tokens at a time: nothing but matrix products within a block.
+    """`rwkv7_scan`, `BLOCK` tokens at a time, with what does not need the state made for `SEGMENT` tokens at once."""
+    outputs = []
+    for segment in zip(*(entries.split(SEGMENT, dim=1) for entries in steps), strict=True):
+        output, state = rwkv7_segment(Steps(*segment), state)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), state
+
+
+def rwkv7_segment(steps: Steps, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`rwkv7_scan` with nothing but matrix products within a block.
 
     With e_t = Π_{s≤t} w_s since the block's start and S₀ the state there, the state after token t is
 
@@ -86,47 +97,18 @@ def rwkv7_blocks(steps: Steps, state: Tensor) -> tuple[Tensor, Tensor]:
     length, heads = steps.r.shape[1:3]
     v, readers, writers, end = scaled_by_decay(steps)
     of_u, of_v = (readers @ writers.mT * earlier(v)).chunk(2, dim=-1)  # (J, BN, 2C, C) each: weight of token s at t
+    known = of_v @ v  # (J, BN, 2C, D)
     one = torch.eye(BLOCK, dtype=v.dtype, device=v.device)
     system = one + of_u[..., :BLOCK, :]
     inverse = torch.linalg.solve_triangular(system, -one.expand_as(system), upper=False, unitriangular=True)
-    blocks = Blocks(of_v @ v, readers, inverse, of_u[..., BLOCK:, :], writers.mT, v, end)
-    outputs, state = one_after_the_other(blocks, state.flatten(0, 1))  # (BN, JC, D), (BN, D, D)
-    outputs = outputs.unflatten(0, (-1, heads))[:, :, :length]
-    return outputs.transpose(1, 2), state.unflatten(0, (-1, heads))
-
-
-class Blocks(NamedTuple):
-    """What is known of every block before its state is, (J, BN, ·, ·).
-
-    Args:
-        known: what κ and r read of the block's own values, (2C, D).
-        readers: κ_t∘e_{t−1} and r_t∘e_t, (2C, D).
-        inverse: of the triangular system, negated, (C, C).
-        of_u: weights of u in the outputs, (C, C).
-        writers: (a_s∘κ_s/e_s)ᵀ and (k_s/e_s)ᵀ, (D, 2C).
-        v: values, (C, D).
-        end: e at the block's end, (D, 1).
-    """
-
-    known: Tensor
-    readers: Tensor
-    inverse: Tensor
-    of_u: Tensor
-    writers: Tensor
-    v: Tensor
-    end: Tensor
-
-
-@torch.compiler.disable  # left whole: inductor would unroll it over blocks
-def one_after_the_other(blocks: Blocks, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs (BN, JC, D) and the state after the last block, (BN, D, D)."""
-    outputs = []
-    for known, readers, inverse, of_u, writers, v, end in zip(*blocks, strict=True):
-        read = torch.baddbmm(known, readers, state)  # (BN, 2C, D)
-        u = inverse @ read[:, :BLOCK]
-        outputs.append(torch.baddbmm(read[:, BLOCK:], of_u, u))
-        state = end * torch.baddbmm(state, writers, torch.cat([u, v], dim=1))
-    return torch.cat(outputs, dim=1), state
+    state, outputs = state.flatten(0, 1), []
+    for j in range(len(v)):
+        read = torch.baddbmm(known[j], readers[j], state)  # (BN, 2C, D)
+        u = inverse[j] @ read[:, :BLOCK]
+        outputs.append(torch.baddbmm(read[:, BLOCK:], of_u[j, :, BLOCK:], u))
+        state = end[j] * torch.baddbmm(state, writers[j].mT, torch.cat([u, v[j]], dim=1))
+    output = torch.cat(outputs, dim=1).unflatten(0, (-1, heads)).transpose(1, 2)  # (B, JC, N, D)
+    return output[:, :length], state.unflatten(0, (-1, heads))
 
 
 def scaled_by_decay(steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
