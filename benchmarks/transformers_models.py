@@ -4,12 +4,14 @@
     python benchmarks/transformers_models.py --models rwkv mamba    # the table on the terminal alone
 
 `tests/test_transformers_models.py` runs the same models on the same batch with the same arguments. Beside them here:
-the stock Trainer, which makes as many optimizer steps by backpropagation, and the speed on sequences of 128 tokens.
+the stock Trainer, which makes as many optimizer steps by backpropagation, and the speed of a step, noise and update
+included, on that batch and on longer sequences. Speeds are medians, all models in turn in one process.
 """
 
 import argparse
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,8 @@ ARGUMENTS = {
     "adam_beta1": 0.5,  # twenty steps are too few for the averages of the defaults
     "adam_beta2": 0.95,
 }
-LONG = 8, 128  # sequences and tokens of the batch that is timed
+LONG = 8, 128  # sequences and tokens of a batch that is only timed
+TOKENS = f"tokens/s, {LONG[0]} × {LONG[1]}"  # a column
 
 
 class Small(NamedTuple):
@@ -83,7 +86,8 @@ MODELS = {
     ),
     "bamba": Small(SSD | {"attn_layer_indices": [1]}, "mamba2 and attention"),
     "zamba": Small(
-        ATTENTION | {"layers_block_type": ["hybrid", "hybrid"], "mamba_d_state": 8},
+        # older versions of transformers try its kernels on a CPU, too
+        ATTENTION | {"layers_block_type": ["hybrid", "hybrid"], "mamba_d_state": 8, "use_mamba_kernels": False},
         "mamba and one attention for all layers; at least two hybrid layers",
     ),
     "zamba2": Small(
@@ -136,18 +140,22 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=HERE, default=HERE)
+    parser.add_argument("--rounds", type=int, default=5, help="Times a step of each model is timed.")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows = {}
     for name in options.models:
-        rows.append(measure(name))
-        print(rows[-1], flush=True)
-    print(table(rows))
+        rows[name] = overfit(name)
+        print(rows[name], flush=True)
+    for inputs, speed in ((batch(), "forward passes/s"), (batch(*LONG), TOKENS)):
+        for name, rate in rates(options.models, inputs, options.rounds).items():
+            rows[name][speed] = rate * (inputs["input_ids"].numel() if speed == TOKENS else 1)
+    for name, row in rows.items():
+        row["remark"] = MODELS[name].remark
+    print(table(list(rows.values())))
     if set(options.models) == set(MODELS):
-        save_results("transformers_models", rows, plot)
-        before, after = MARKS
-        head, _, rest = PAGE.read_text(encoding="utf-8").partition(before)
-        PAGE.write_text(head + before + table(rows) + "\n" + after + rest.partition(after)[2], encoding="utf-8")
+        save_results("transformers_models", list(rows.values()), plot)
+        write_page(table(list(rows.values())))
 
 
 def small(name: str, **config: Any) -> PreTrainedModel:
@@ -159,7 +167,9 @@ def small(name: str, **config: Any) -> PreTrainedModel:
 def batch(rows: int = 3, tokens: int = 5) -> dict[str, torch.Tensor]:
     """Random tokens, (rows, tokens); nothing can predict them but memory."""
     ids = torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids}
+    labels = ids.clone()
+    labels[:, 0] = -100  # nothing predicts it; so older Trainers, too, count as many labels as predictions
+    return {"input_ids": ids, "labels": labels}
 
 
 def trainer_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor], kind: type = ZOOTrainer, **arguments: Any):
@@ -180,37 +190,46 @@ def trainer_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor], kind: ty
     return kind(model, args, train_dataset=examples, eval_dataset=[0], data_collator=lambda _: dict(inputs))
 
 
-def measure(name: str) -> dict[str, object]:
-    """A row of the table."""
-    trainer = trainer_of(small(name), batch())
+def overfit(name: str) -> dict[str, object]:
+    """The losses of a row of the table."""
+    trainer, stock = trainer_of(small(name), batch()), trainer_of(small(name), batch(), Trainer)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    stock = trainer_of(small(name), batch(), Trainer)
     stock.train()
-    (speed,) = speeds(trainer)
-    timed = trainer_of(small(name), batch(*LONG), max_steps=6, num_directions=2, logging_steps=1)
-    timed.train()
     return {
         "model": f"`{name}`",
         "parameters": trainer.model.num_parameters(),
         "loss before": before,
         f"after {STEPS} steps": trainer.evaluate()["eval_loss"],
         "by backpropagation": stock.evaluate()["eval_loss"],
-        "forward passes/s": speed,
-        f"tokens/s, {LONG[0]} × {LONG[1]}": LONG[0] * LONG[1] * statistics.median(speeds(timed)[1:]),
-        "remark": MODELS[name].remark,
     }
 
 
-def speeds(trainer: Trainer) -> list[float]:
-    """Forward passes a second of each logged entry."""
-    name = "forward_passes_per_second"
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+def rates(names: list[str], inputs: dict[str, torch.Tensor], rounds: int) -> dict[str, float]:
+    """Forward passes a second of a training step of each model, medians; all models in turn (A B C … A B C …)."""
+    trainers = {name: trainer_of(small(name), inputs, learning_rate=0.0) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds + 1):  # the first is a warm-up
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.training_step(trainer.model, inputs)
+            trainer.optimizer.step()
+            if round_:
+                seconds[name].append(time.perf_counter() - start)
+        print(f"round {round_}/{rounds}", flush=True)
+    return {name: 2 * DIRECTIONS / statistics.median(times) for name, times in seconds.items()}
+
+
+def write_page(shown: str) -> None:
+    """Put the table between its marks on the page."""
+    before, after = MARKS
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(before)
+    PAGE.write_text(f"{head}{before}{shown}\n{after}{rest.partition(after)[2]}", encoding="utf-8")
 
 
 def plot(axes, rows: list[dict]) -> None:
-    axes.barh([row["model"].strip("`") for row in rows], [row["tokens/s, 8 × 128"] for row in rows])
-    axes.set_xlabel("tokens a second through forward passes, 8 × 128 tokens a pass")
+    axes.barh([row["model"].strip("`") for row in rows], [row[TOKENS] for row in rows])
+    axes.set_xlabel(TOKENS)
     axes.invert_yaxis()
 
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
 CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}  # the second is the newer name of the first
+UNCUT = 2**31 - 1  # tokens; longer than any sequence
 
 
 if TYPE_CHECKING:
@@ -291,6 +292,10 @@ def prepare_(model: Any, args: Any) -> None:
             module.train()._rescale_layers()
             module.config.rescale_every = 0
             logger.warning("RWKV: `rescale_every` is set to 0, as it rewrites the weights. Set it again for float16.")
+        if type(module).__name__ == "xLSTMModel" and module.config.max_inference_chunksize < UNCUT:
+            # in inference mode, as a probe is, it would hand the state of a longer sequence on in bfloat16
+            module.config.max_inference_chunksize = UNCUT
+            logger.warning("xLSTM: `max_inference_chunksize` is raised, as each cut rounds the state to bfloat16.")
 
 
 def check_weights(trainer: Any) -> None:
