@@ -1,7 +1,7 @@
 """The recurrent models of transformers, each tiny, overfit one batch without backpropagation.
 
-    python benchmarks/transformers_models.py                        # all, and the table of docs/transformers.md
-    python benchmarks/transformers_models.py --models rwkv mamba    # the table on the terminal alone
+    python benchmarks/transformers_models.py                  # all, into docs/transformers.md; 3 minutes on one core
+    python benchmarks/transformers_models.py --models rwkv    # on the terminal alone
 
 `tests/test_transformers_models.py` runs the same models on the same batch with the same arguments. Beside them here:
 the stock Trainer, which makes as many optimizer steps by backpropagation, and the speed of a step, noise and update
