@@ -49,7 +49,8 @@ from zoo_hf.tasks import (
 )
 
 
-# The job that runs when no text is named: these take the place of the arguments' defaults.
+# These take the place of the arguments' defaults: always, and in the job that runs when no text is named.
+ANY_JOB: dict[str, Any] = {"dataloader_pin_memory": torch.cuda.is_available()}
 MAIN_JOB: dict[str, Any] = {
     "output_dir": "outputs/lstm-python-docs",
     "do_train": True,
@@ -62,7 +63,6 @@ MAIN_JOB: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 100,
     "eval_on_start": True,
-    "dataloader_pin_memory": torch.cuda.is_available(),
     "num_threads": 1,  # a model this small gains nothing from a second thread, and loses much by waiting for it
 }
 
@@ -187,8 +187,8 @@ def parse_arguments(arguments: list[str]) -> tuple[ModelArguments, DataTrainingA
     try:
         if len(arguments) == 1 and arguments[0].endswith(".json"):
             given = read_job(Path(arguments[0]))
-            return parser.parse_dict(main_job(given) | given)
-        parser.set_defaults(**main_job(vars(parser.parse_args(arguments))))
+            return parser.parse_dict(defaults(given) | given)
+        parser.set_defaults(**defaults(vars(parser.parse_args(arguments))))
         return parser.parse_args_into_dataclasses(arguments)
     except ValueError as error:  # from the checks of the arguments' classes
         raise Mistake(str(error)) from error
@@ -207,18 +207,20 @@ def read_job(path: Path) -> dict[str, Any]:
     return given
 
 
-def main_job(given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults from `MAIN_JOB` where no text is named; what is to be done, only where that is not said either."""
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """`ANY_JOB`, and `MAIN_JOB` where no text is named; what is to be done, only where that is not said either."""
     if any(given.get(name) for name in ("dataset_name", "train_file", "validation_file")):
-        return {}
+        return ANY_JOB
     said = given.get("do_train") or given.get("do_eval")
-    return {name: value for name, value in MAIN_JOB.items() if not (said and name in ("do_train", "do_eval"))}
+    return ANY_JOB | {name: v for name, v in MAIN_JOB.items() if not (said and name in ("do_train", "do_eval"))}
 
 
-def check_output(data_args: DataTrainingArguments, args: ZOOConfig) -> None:
-    """Refuse to do nothing, and to train over another run's results unless told to."""
+def check(data_args: DataTrainingArguments, args: ZOOConfig) -> None:
+    """Refuse to do nothing, to train without an end, and over another run's results unless told to."""
     if not (args.do_train or args.do_eval):
         raise Mistake("Nothing to do: give --do_train, --do_eval or both.")
+    if data_args.streaming and args.do_train and args.max_steps < 1:
+        raise Mistake("--streaming does not know how long the text is: say with --max_steps when to stop.")
     output = Path(args.output_dir)
     taken = (output / "config.json").exists() or any(output.glob("checkpoint-*"))
     allowed = data_args.overwrite_output_dir or args.resume_from_checkpoint
@@ -377,6 +379,7 @@ def evaluate(trainer: ZOOTrainer, tokenizer: Any) -> dict[str, float]:
     loss = metrics["eval_loss"]
     metrics["perplexity"] = perplexity(loss)
     metrics["bits_per_byte"] = bits_per_byte(loss, trainer.eval_dataset, tokenizer)
+    trainer.log({"eval_bits_per_byte": metrics["bits_per_byte"]})  # for the trackers and the card
     trainer.save_metrics("eval", metrics)
     return metrics
 
@@ -390,7 +393,7 @@ def perplexity(loss: float) -> float:
 
 
 def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: ZOOConfig) -> None:
-    check_output(data_args, args)
+    check(data_args, args)
     set_up_logging(args)
     if model_args.num_threads:
         torch.set_num_threads(model_args.num_threads)

@@ -70,7 +70,8 @@ def test_without_a_text_it_trains_on_pythons_documentation_and_writes_all_it_pro
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "CPython's documentation" in card
-    assert f"| {results['eval_loss']:.4g} |" in card
+    for name in ("eval_loss", "eval_accuracy", "bits_per_byte"):
+        assert f"| {results[name]:.4g} |" in card
     printed = capsys.readouterr().out
     assert printed.count("\nThe ") == 2, "a sample before and one after"
     assert str(tmp_path) in printed
@@ -282,6 +283,12 @@ def test_another_runs_model_is_not_overwritten_unless_told_to(run, mistake, tmp_
 def test_a_stream_that_has_no_validation_text_is_refused(mistake, text_file, tmp_path):
     arguments = ["--train_file", text_file, "--streaming", "--do_train", "--output_dir", tmp_path, *TWO_STEPS]
     assert "add --validation_file" in mistake(*arguments)
+
+
+def test_a_stream_without_a_last_step_is_refused(mistake, text_file, tmp_path):
+    files = ["--train_file", text_file, "--validation_file", text_file]
+    arguments = [*files, "--streaming", "--do_train", "--output_dir", tmp_path, "--use_cpu"]
+    assert "say with --max_steps when to stop" in mistake(*arguments)
 
 
 def test_help_explains_every_flag_of_its_own(script, capsys):

@@ -188,6 +188,19 @@ def test_the_readme_opens_with_training_and_testing_each_from_nothing():
     assert "-m pytest" in test
 
 
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_page_links_to_and_runs_exists(page):
+    text = page.read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall("^#+ (.*)$", text, flags=re.M)}
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        assert link[1:] in headings if link.startswith("#") else (page.parent / link).exists(), link
+    for script in re.findall(r"\b(?:benchmarks|examples)/[\w/]+\.\w+", text):
+        assert (ROOT / script).exists(), script
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")
 def test_ci_runs_the_second_command_of_the_readme_and_returns_its_status(tmp_path):
     """In a copy whose README holds another second command, `.ci/run` executes that one, in a folder of its own."""

@@ -31,9 +31,15 @@ def two_processes(monkeypatch):
 @pytest.mark.parametrize(("name", "value"), [("fsdp", True), ("deepspeed", {"zero_optimization": {"stage": 2}})])
 def test_sharding_in_the_arguments_is_refused(config, name, value):
     args = config()
-    setattr(args, name, value)  # in the constructor, transformers would ask for its packages and launchers first
+    setattr(args, name, value)  # in the constructor it is refused sooner
     with pytest.raises(ValueError, match=r"Remove `fsdp`, `deepspeed` .* every process holds the whole model"):
         ZOOTrainer(tiny_lstm(), args)
+
+
+@pytest.mark.parametrize("arguments", [{"fsdp": True}, {"deepspeed": {"zero_optimization": {"stage": 2}}}])
+def test_sharding_is_refused_before_transformers_asks_for_its_packages(config, arguments):
+    with pytest.raises(ValueError, match=r"Remove `fsdp`, `deepspeed`"):
+        config(**arguments)
 
 
 @pytest.mark.parametrize(

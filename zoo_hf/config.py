@@ -56,6 +56,7 @@ class ZOOArguments:
     )
 
     def __post_init__(self) -> None:
+        refuse_sharding(self)  # first: transformers would ask for its packages
         super().__post_init__()  # type: ignore[misc]  # of the class of training arguments mixed in
         check(self)
 
@@ -122,10 +123,15 @@ FLOAT16 = "float16 on a CPU is emulated, hundreds of times slower than float32: 
 BACKWARD_ONLY = {"lomo": "Lomo", "adalomo": "AdaLomo", "layerwise": "LayerWiseDummyOptimizer"}  # of `optim`
 
 
-def refuse(args: Any) -> None:
-    """Raises: ValueError when the arguments ask for sharding, float16 on a CPU, or an optimizer that cannot work."""
+def refuse_sharding(args: Any) -> None:
+    """Raises: ValueError when the arguments ask for it."""
     if args.fsdp or args.deepspeed:
         raise ValueError(SHARDING)
+
+
+def refuse(args: Any) -> None:
+    """Raises: ValueError when the arguments ask for sharding, float16 on a CPU, or an optimizer that cannot work."""
+    refuse_sharding(args)
     if args.fp16 and args.device.type == "cpu":
         raise ValueError(FLOAT16)
     check_optimizer(BACKWARD_ONLY.get(args.optim.value.split("_")[-1], ""))
