@@ -10,11 +10,12 @@ from torch import nn
 
 from zoo_hf.models import RNNConfig, RNNForCausalLM, configuration_rnn, initialization_rnn
 from zoo_hf.models.configuration_rnn import CELL_TYPES, PRESETS
-from zoo_hf.models.elman import Elman, elman_fused, elman_scan
-from zoo_hf.models.gru import GRU, GRUWeights, gru_fused, gru_scan
+from zoo_hf.models.elman import Elman, elman, elman_fused, elman_scan
+from zoo_hf.models.gru import GRU, GRUWeights, gru, gru_fused, gru_scan
 from zoo_hf.models.lstm import LSTM, TOKENS_FOR_KERNELS, lstm, lstm_fused, lstm_scan
 from zoo_hf.models.modeling_rnn import CELLS
 from zoo_hf.models.recurrent_layer import LayerWeights
+from zoo_hf.models.recurrent_product import packing_pays
 from zoo_hf.models.slstm import SLSTM, slstm_scan
 
 
@@ -119,6 +120,24 @@ def test_many_heads_take_torchs_kernel_only_where_it_pays(monkeypatch):
     monkeypatch.setattr("zoo_hf.models.lstm.lstm_scan", lambda *arguments: "scan")
     for length, path in ((TOKENS_FOR_KERNELS // 2, "fused"), (1, "scan")):
         assert lstm(torch.randn(2, length, 5), torch.zeros(2, 2, 8), weights) == path
+
+
+@pytest.mark.parametrize(
+    ("cell", "pack", "run", "size"),
+    [(GRU, GRUWeights, gru, 420), (Elman, LayerWeights, elman, 728), (SLSTM, LayerWeights, slstm_scan, 364)],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_packed_recurrent_matrix_gives_what_a_plain_one_does(cell, pack, run, size, padded):
+    weights = pack(*cell(5, size).parameters())
+    inputs, state = torch.randn(4, 20, 5), torch.rand(4, cell.slots, size)
+    real = torch.rand(4, 20) < 0.5 if padded else None
+    assert not packing_pays(inputs, weights.recurrent), "packed matrices have no gradient"
+    expected = run(inputs, state, weights, real)
+    with torch.no_grad():
+        assert packing_pays(inputs, weights.recurrent)
+        found = run(inputs, state, weights, real)
+    for ours, theirs in zip(found, expected, strict=True):
+        same(ours, theirs, 5e-6)
 
 
 @every_cell

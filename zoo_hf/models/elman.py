@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .heads import merge_heads, recurrent_blocks, split_heads, split_state
+from .heads import merge_heads, split_heads, split_state
 from .padding import put_back, to_front
 from .recurrent_layer import LayerWeights, RecurrentLayer
+from .recurrent_product import packing_pays, recurrent_product
 
 
 class Elman(RecurrentLayer):
@@ -30,9 +31,10 @@ class Elman(RecurrentLayer):
 
 
 def elman(inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`elman_scan` by the fastest way there is: torch's kernel for one head, or else the scan."""
+    """`elman_scan` by the fastest way there is: torch's kernel for one head that is not large, or else the scan."""
     # the kernel has no rule for torch.func.vmap
-    if weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active():
+    fused = weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active()
+    if fused and not packing_pays(inputs, weights.recurrent):
         return elman_fused(inputs, state, weights, real)
     return elman_scan(inputs, state, weights, real)
 
@@ -50,11 +52,11 @@ def elman_scan(
     """
     gates, heads = weights.recurrent.shape[:2]
     pre = split_heads(F.linear(inputs, weights.input, weights.bias), gates, heads)  # (T, N, B, D)
-    blocks = recurrent_blocks(weights.recurrent)  # (N, D, D)
+    product = recurrent_product(inputs, weights.recurrent)
     (h,) = split_state(state, heads)  # (N, B, D)
     outputs = []
     for t in range(inputs.shape[1]):
-        new_h = torch.baddbmm(pre[t], h, blocks).tanh()
+        new_h = product(pre[t], h).tanh()
         h = new_h if real is None else torch.where(real[:, t, None], new_h, h)
         outputs.append(h)
     return merge_heads(outputs), merge_heads([h])

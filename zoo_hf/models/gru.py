@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import merge_heads, recurrent_blocks, split_heads, split_state
+from .heads import merge_heads, split_heads, split_state
 from .padding import put_back, to_front
 from .recurrent_layer import RecurrentLayer
+from .recurrent_product import packing_pays, recurrent_product
 
 
 class GRUWeights(NamedTuple):
@@ -58,9 +59,10 @@ class GRU(RecurrentLayer):
 
 
 def gru(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`gru_scan` by the fastest way there is: torch's kernel for one head, or else the scan."""
+    """`gru_scan` by the fastest way there is: torch's kernel for one head that is not large, or else the scan."""
     # the kernel has no rule for torch.func.vmap
-    if weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active():
+    fused = weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active()
+    if fused and not packing_pays(inputs, weights.recurrent):
         return gru_fused(inputs, state, weights, real)
     return gru_scan(inputs, state, weights, real)
 
@@ -76,13 +78,13 @@ def gru_scan(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | 
     """
     gates, heads, size, _ = weights.recurrent.shape
     pre = split_heads(F.linear(inputs, weights.input, weights.bias), gates, heads)  # (T, N, B, 3D)
-    blocks = recurrent_blocks(weights.recurrent)  # (N, D, 3D)
-    recurrent_bias = F.pad(weights.candidate_bias.view(heads, 1, size), (2 * size, 0))  # (N, 1, 3D)
+    product = recurrent_product(inputs, weights.recurrent)
+    recurrent_bias = F.pad(weights.candidate_bias.view(heads, 1, size), (2 * size, 0)).expand_as(pre[0])  # (N, B, 3D)
     (h,) = split_state(state, heads)  # (N, B, D)
     outputs = []
     for t in range(inputs.shape[1]):
         input_gates, input_n = pre[t].split([2 * size, size], dim=-1)  # (N, B, 2D), (N, B, D)
-        recurrent_gates, recurrent_n = torch.baddbmm(recurrent_bias, h, blocks).split([2 * size, size], dim=-1)
+        recurrent_gates, recurrent_n = product(recurrent_bias, h).split([2 * size, size], dim=-1)
         r, z = (input_gates + recurrent_gates).sigmoid().chunk(2, dim=-1)  # (N, B, D) each
         n = torch.addcmul(input_n, r, recurrent_n).tanh()
         new_h = torch.addcmul(n, z, h - n)  # (1 − z)∘n + z∘h

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .heads import merge_heads, recurrent_blocks, split_heads, split_state
+from .heads import merge_heads, split_heads, split_state
 from .recurrent_layer import LayerWeights, RecurrentLayer
+from .recurrent_product import recurrent_product
 
 
 class SLSTM(RecurrentLayer):
@@ -51,14 +52,14 @@ def slstm_scan(
     """
     gates, heads = weights.recurrent.shape[:2]
     pre = split_heads(F.linear(inputs, weights.input, weights.bias), gates, heads)  # (T, N, B, 4D)
-    blocks = recurrent_blocks(weights.recurrent)  # (N, D, 4D)
+    product = recurrent_product(inputs, weights.recurrent)
     # bfloat16 would stop counting at n = 256
     state = state.to(torch.promote_types(pre.dtype, torch.float32))
     h, c, n, m = split_state(state, heads)  # (N, B, D) each
     m = m.masked_fill(n == 0, -torch.inf)  # so that the first token's m is its own i
     outputs = []
     for t in range(inputs.shape[1]):
-        gate = torch.baddbmm(pre[t], h.to(pre.dtype), blocks).to(h.dtype)  # (N, B, 4D)
+        gate = product(pre[t], h.to(pre.dtype)).to(h.dtype)  # (N, B, 4D)
         i, f, z, o = gate.chunk(4, dim=-1)  # (N, B, D) each
         kept = F.logsigmoid(f) + m
         new_m = torch.maximum(kept, i)
