@@ -139,12 +139,16 @@ class Clock(BaseStreamer):
 
 @torch.inference_mode()
 def latency(name: str, length: int) -> dict[str, object]:
-    """Median milliseconds of a hundred tokens, from the tenth on and at the end."""
-    model, clock = make(name), Clock()
+    """Median milliseconds of five hundred tokens, at the end of a long text and, right after it, of a new one."""
+    model = make(name)
     prompt = torch.randint(100, (1, 8), device=model.device)
-    model.generate(prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False, streamer=clock)
-    gaps = [1e3 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)]
-    early, late = statistics.median(gaps[10:110]), statistics.median(gaps[-100:])
+
+    def generate(tokens: int) -> list[float]:
+        clock = Clock()
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+        return [1e3 * (b - a) for a, b in zip(clock.times, clock.times[1:], strict=False)]
+
+    late, early = statistics.median(generate(length)[-500:]), statistics.median(generate(510)[10:])
     print(f"{name}: {early:.2f} ms, {late:.2f} ms", flush=True)
     return {"model": name, "ms a token, token 10": early, f"ms a token, token {length:,}": late, "ratio": late / early}
 
