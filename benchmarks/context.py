@@ -31,7 +31,7 @@ MODELS = {  # name: (configuration class, its arguments, numbers of tokens)
     "elman": ("RNNConfig", RNN | {"cell_type": "elman"}, LONG),
     "dnc": ("DNCConfig", {"vocab_size": 256, "hidden_size": 128}, SHORT),
     "rwkv7": ("RWKV7Config", LAYERS, SHORT),
-    "mamba2": ("ZooMamba2Config", LAYERS | {"num_heads": 4, "state_size": 32, "n_groups": 1}, LONG),
+    "mamba2": ("ZooMamba2Config", LAYERS | {"num_heads": 8, "state_size": 32, "n_groups": 1}, LONG),
 }
 
 

@@ -80,7 +80,7 @@ def config(tmp_path):
             "lr_scheduler_type": "constant",
             "learning_rate": 1e-2,
         }
-        own = {} if kind is not ZOOConfig else {"num_directions": 4}
+        own = {"num_directions": 4, "probes": "serial"} if issubclass(kind, ZOOConfig) else {}
         return kind(**(defaults | own | arguments))
 
     return make

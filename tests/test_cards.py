@@ -83,6 +83,7 @@ def test_the_class_of_an_optimizer_that_was_given_is_named(finished):
 def test_a_forward_estimate_is_called_one(finished):
     card = model_card(finished(estimator="forward", num_directions=4, max_steps=1))
     assert procedure(card)["estimator"] == "forward differences (RGE), 4 directions, rademacher"
+    assert procedure(card)["members"] == "one at a time"
     assert procedure(card)["forward passes"] == "5"
     assert "[L(θ + εzᵢ) − L(θ)]/ε" in card.content
 
@@ -263,3 +264,9 @@ def test_the_limits_state_the_cosine_of_these_directions_and_weights(finished):
 def test_the_trainer_writes_the_card(finished, tmp_path):
     finished().create_model_card(model_name="tiny")
     assert ModelCard.load(tmp_path / "README.md").data.model_name == "tiny"
+
+
+def test_a_population_and_low_rank_directions_are_named(finished):
+    card = model_card(finished(probes="population", members_per_forward=4, distribution="low_rank", direction_rank=2))
+    assert procedure(card)["estimator"].endswith("low_rank of rank 2")
+    assert procedure(card)["members"] == "4 in a forward pass"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_lstm, weights
+from peft import LoraConfig, get_peft_model
 
 from zoo_hf import Direction, ZOOTrainer
 from zoo_hf.perturbation import perturbed
@@ -141,6 +142,17 @@ def test_training_with_the_state_differs_from_training_without(config):
         run.train()
         finals.append(weights(run.model))
     assert any(not torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+def test_an_adapter_carries_the_state_of_its_base(config):
+    data, _ = streams()
+    adapted = get_peft_model(tiny_lstm(vocab_size=256), LoraConfig(r=2, target_modules=["lm_head"]))
+    run = Recorded(adapted, config(carry_state=True, per_device_train_batch_size=ROWS), train_dataset=data)
+    run.given = []
+    run.train()
+    batch = data.with_format("torch")[:ROWS]
+    expected = tiny_lstm(vocab_size=256).eval()(batch["input_ids"], batch["attention_mask"]).state
+    torch.testing.assert_close(run.given[-1], expected, atol=1e-6, rtol=0)
 
 
 def test_a_model_without_a_state_and_a_batch_of_another_size_are_refused(config):

@@ -18,6 +18,9 @@ OWN = {
     "smoothing_radius": 1e-2,
     "estimator": "central",
     "distribution": "rademacher",
+    "direction_rank": 1,
+    "probes": "auto",
+    "members_per_forward": None,
     "dropout": False,
     "carry_state": False,
 }
@@ -43,7 +46,7 @@ def test_only_the_defaults_that_the_docstring_names_differ_from_training_argumen
 
 def test_what_makes_a_run_the_run_it_is_are_the_seed_and_our_fields_but_for_the_learning_rate(config):
     args = config(seed=7)
-    expected = OWN | {"num_directions": 4, "seed": 7, "max_grad_norm": 0.0}
+    expected = OWN | {"num_directions": 4, "probes": "serial", "seed": 7, "max_grad_norm": 0.0}
     assert settings(args) == expected
 
 
@@ -60,7 +63,7 @@ def test_every_field_has_a_help_text():
         ("smoothing_radius", float("nan"), "`smoothing_radius` must be positive and finite, got nan"),
         ("smoothing_radius", float("inf"), "`smoothing_radius` must be positive and finite, got inf"),
         ("estimator", "centre", r"`estimator` must be one of \('central', 'forward'\), got 'centre'"),
-        ("distribution", "normal", r"`distribution` must be one of \('rademacher', 'gaussian'\), got 'normal'"),
+        ("distribution", "normal", r"`distribution` must be one of .*'low_rank_gaussian'\), got 'normal'"),
         ("max_grad_norm", -1.0, r"`max_grad_norm` must not be negative, got -1\.0"),
     ],
 )
@@ -71,9 +74,10 @@ def test_a_value_that_makes_no_sense_is_refused(config, field, value, message):
 
 def test_the_command_line_sets_every_field(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --num_directions 8 --smoothing_radius 1e-3 --estimator forward"
+    line += " --probes population --members_per_forward 8 --direction_rank 2"
     line += " --distribution gaussian --dropout --carry_state --learning_rate 1e-4 --max_grad_norm 2"
     (args,) = HfArgumentParser(ZOOConfig).parse_args_into_dataclasses(line.split())
-    values = (8, 1e-3, "forward", "gaussian", True, True, 1e-4, 2.0)
+    values = (8, 1e-3, "forward", "gaussian", 2, "population", 8, True, True, 1e-4, 2.0)
     assert tuple(getattr(args, name) for name in OWN | CHANGED) == values
 
 
@@ -125,8 +129,10 @@ def test_our_own_arguments_are_left_alone(config):
 def test_arguments_survive_pickling_and_show_in_dicts(config):
     args = config(num_directions=8, estimator="forward")
     expected = OWN | CHANGED | {"num_directions": 8, "estimator": "forward", "learning_rate": 1e-2}
+    expected["probes"] = "serial"
     again = pickle.loads(pickle.dumps(args))
     assert {name: getattr(again, name) for name in expected} == expected
     assert {name: args.to_dict()[name] for name in expected} == expected
     assert {name: json.loads(args.to_json_string())[name] for name in expected} == expected
-    assert {name: args.to_sanitized_dict()[name] for name in expected} == expected
+    sanitized = expected | {"members_per_forward": "None"}  # trackers take no None
+    assert {name: args.to_sanitized_dict()[name] for name in expected} == sanitized

@@ -9,7 +9,7 @@ from conftest import texts, tiny_lstm, weights
 
 from zoo_hf.kernels import use_compiler
 from zoo_hf.kernels.compiled_signs import COMPILED_BLOCKS, CompiledRademacher
-from zoo_hf.noise import DISTRIBUTIONS, Direction, Rademacher, entries
+from zoo_hf.noise import DISTRIBUTIONS, Blocks, Direction, Rademacher, entries
 
 
 # torch 2.13's own inductor still imports a module that uses it
@@ -32,7 +32,8 @@ def compiler():
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (5, COMPILED_BLOCKS + 9), (COMPILED_BLOCKS, 2 * COMPILED_BLOCKS)])
 def test_compiled_signs_are_the_same_bits(start, stop):
-    arguments = DIRECTIONS, "head.weight", start, stop, torch.device("cpu")
+    parts = [Blocks("head.weight", start, stop), Blocks("w", 7, 9, purpose=1)]
+    arguments = DIRECTIONS, parts, torch.device("cpu")
     assert torch.equal(CompiledRademacher().pack(*arguments), Rademacher().pack(*arguments))
 
 

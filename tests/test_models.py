@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    dynamic_module_utils,
 )
 from transformers import pipeline as make_pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -297,24 +294,6 @@ def test_auto_classes_and_the_trainer_know_the_model(name):
     # otherwise the Trainer counts the first label of every row too, and its label smoothing shifts no labels
     assert model.loss_type == "ForCausalLM"
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind] == type(model).__name__
-
-
-@every_model
-def test_saved_code_computes_the_same_without_this_package(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    model, ids = small(name), tokens(2, 5)
-    expected = model(ids).logits
-    model.save_pretrained(tmp_path / "model")
-    for module in list(sys.modules):
-        if module.split(".")[0] == "zoo_hf":
-            monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-        elif module.split(".")[0] == "transformers_modules":
-            monkeypatch.delitem(sys.modules, module)  # code copied by an earlier test
-    reference = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
-    copied = dynamic_module_utils.get_class_from_dynamic_module(reference, str(tmp_path / "model"))
-    assert copied is not type(model)
-    near(copied.from_pretrained(tmp_path / "model").eval()(ids).logits, expected)
 
 
 @every_model

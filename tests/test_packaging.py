@@ -22,9 +22,12 @@ PACKAGE = ROOT / "zoo_hf"
 # A module imports only from those above its own; nothing above config imports transformers.
 ORDER = (
     "noise",
+    "low_rank",
     "kernels",
     "perturbation",
     "population",
+    "meter",
+    "probes",
     "estimators",
     "update",
     "trajectory",

@@ -125,7 +125,8 @@ def training_procedure(trainer: Trainer) -> dict[str, Any]:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     rows = [
         ("weights", f"{sum(p.numel() for p in model.parameters()):,}, of which {d:,} trained"),
-        ("estimator", f"{estimator}, {n} directions, {args.distribution}"),
+        ("estimator", f"{estimator}, {n} directions, {_distribution(args)}"),
+        ("members", _members(trainer)),
         ("smoothing radius ε", f"{args.smoothing_radius:g}"),
         ("optimizer", _optimizer(trainer)),
         ("schedule", _schedule(trainer)),
@@ -261,6 +262,17 @@ def _optimizer(trainer: Any) -> str:
         rate = first.get("initial_lr", first["lr"])  # most schedules keep where they started
         decay = max(group.get("weight_decay", 0) for group in update.param_groups)
     return f"{name}, learning rate {float(rate):g}, weight decay {float(decay):g}"
+
+
+def _distribution(args: Any) -> str:
+    rank = f" of rank {args.direction_rank}" if args.distribution.startswith("low_rank") else ""
+    return f"{args.distribution}{rank}"
+
+
+def _members(trainer: Any) -> str:
+    """How they were evaluated."""
+    size = trainer.update.population if trainer.update else None
+    return f"{size} in a forward pass" if size and size > 1 else "one at a time"
 
 
 def _schedule(trainer: Any) -> str:

@@ -12,6 +12,12 @@ from .update import check_optimizer
 
 logger = logging.getLogger(__name__)
 
+CHOICES = {
+    "estimator": ("central", "forward"),
+    "distribution": ("rademacher", "gaussian", "low_rank", "low_rank_gaussian"),
+    "probes": ("auto", "serial", "population"),
+}
+
 
 @dataclass
 class ZOOArguments:
@@ -34,9 +40,27 @@ class ZOOArguments:
         default="central",
         metadata={"help": "central: [L(θ+εz) − L(θ−εz)]/2ε, 2n forward passes; forward: [L(θ+εz) − L(θ)]/ε, n + 1."},
     )
-    distribution: Literal["rademacher", "gaussian"] = field(
+    distribution: Literal["rademacher", "gaussian", "low_rank", "low_rank_gaussian"] = field(
         default="rademacher",
-        metadata={"help": "Entries of a direction: ±1, at one random bit a weight, or standard normal, much slower."},
+        metadata={
+            "help": "Entries of a direction: ±1, at one random bit a weight, or standard normal, much slower. "
+            "low_rank: A Bᵀ/√r on matrices, with entries ±1 in A and B, or normal."
+        },
+    )
+    direction_rank: int = field(default=1, metadata={"help": "Rank r of a direction on a matrix, where it is low."})
+    probes: Literal["auto", "serial", "population"] = field(
+        default="auto",
+        metadata={
+            "help": "Evaluate members one at a time, or many in one forward pass, which is faster for small models; "
+            "auto: what pays."
+        },
+    )
+    members_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Members of a population in a forward pass; unset: as many as add at most the weights' size, or "
+            "64 MB, to the memory of inference."
+        },
     )
     dropout: bool = field(
         default=False,
@@ -80,7 +104,11 @@ def check(args: Any) -> None:
         raise ValueError(f"`smoothing_radius` must be positive and finite, got {args.smoothing_radius}.")
     if args.max_grad_norm < 0:
         raise ValueError(f"`max_grad_norm` must not be negative, got {args.max_grad_norm}; 0 is off.")
-    for name, choices in (("estimator", ("central", "forward")), ("distribution", ("rademacher", "gaussian"))):
+    for name in ("direction_rank", "members_per_forward"):
+        number = getattr(args, name)
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {number}.")
+    for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
 

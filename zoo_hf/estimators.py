@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .low_rank import Kind
 from .noise import Direction
 from .perturbation import Member, Objective, Parameters, probe
 
@@ -20,7 +21,7 @@ class Estimate(NamedTuple):
     directions: Sequence[Direction]
     coefficients: Tensor  # (n,) float32 on the CPU, NaN for a pair left out
     loss: float  # mean over the probes that were used
-    distribution: str = "rademacher"
+    distribution: Kind = "rademacher"
 
     @property
     def left_out(self) -> float:
@@ -50,7 +51,7 @@ class CentralDifference:
     """
 
     smoothing_radius: float
-    distribution: str = "rademacher"
+    distribution: Kind = "rademacher"
 
     def members(self, directions: Sequence[Direction]) -> list[Member]:
         """θ + ε z and θ − ε z, direction after direction, (2n)."""
@@ -83,7 +84,7 @@ class ForwardDifference:
     """
 
     smoothing_radius: float
-    distribution: str = "rademacher"
+    distribution: Kind = "rademacher"
 
     def members(self, directions: Sequence[Direction]) -> list[Member]:
         """θ itself, then θ + ε z for every direction, (n + 1)."""
@@ -106,7 +107,10 @@ class ForwardDifference:
         return _evaluate(self, objective, parameters, directions)
 
 
-ESTIMATORS: dict[str, Callable[[float, str], Estimator]] = {"central": CentralDifference, "forward": ForwardDifference}
+ESTIMATORS: dict[str, Callable[[float, Kind], Estimator]] = {
+    "central": CentralDifference,
+    "forward": ForwardDifference,
+}
 
 
 def _evaluate(
@@ -125,7 +129,7 @@ def _evaluate(
     return estimator.estimate(directions, losses)
 
 
-def _finite_part(directions: Sequence[Direction], coefficients: Tensor, pairs: Tensor, distribution: str) -> Estimate:
+def _finite_part(directions: Sequence[Direction], coefficients: Tensor, pairs: Tensor, distribution: Kind) -> Estimate:
     """Coefficients rounded once to float32; a pair whose difference is not finite is left out, never replaced."""
     rounded = coefficients.float()
     used = rounded.isfinite()

@@ -24,13 +24,15 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 
-PURPOSE_ENTRIES, PURPOSE_DROPOUT = 0, 4  # what a stream is for; no two purposes share a counter
+# what a stream is for; no two purposes share a counter
+PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_DROPOUT = 0, 1, 2, 4
 
 # what is made at once: much to save calls, little to stay in the cache and in the memory of inference
+BLOCK_BYTES = 16  # packed, of every distribution
 PHILOX_BLOCKS = 1 << 16  # 4 MiB while they are made
 PACKED_BYTES = 1 << 20
 CHUNK = 1 << 19  # entries unpacked, 2 MiB of float32
-KEPT_BLOCKS = 1 << 12  # packed noise of so few blocks, 64 KiB, is kept for the update; at most 32 of them are
+KEPT_BLOCKS, KEPT_BYTES = 1 << 12, 1 << 21  # packed noise of so few blocks, 64 KiB, is kept, 2 MiB of it in all
 
 
 class Direction(NamedTuple):
@@ -39,6 +41,15 @@ class Direction(NamedTuple):
     seed: int
     step: int
     index: int  # type: ignore[assignment]  # the field's own word, although a tuple has a method of that name
+
+
+class Blocks(NamedTuple):
+    """Philox blocks start … stop − 1 of a stream: a parameter, by its name in the unwrapped model, and a purpose."""
+
+    name: str
+    start: int
+    stop: int
+    purpose: int = PURPOSE_ENTRIES
 
 
 class Distribution(Hashable, Protocol):
@@ -51,10 +62,8 @@ class Distribution(Hashable, Protocol):
     packed_per_block: int  # elements of the packed form
     packed_bytes_per_entry: float
 
-    def pack(
-        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
-    ) -> Tensor:
-        """Packed entries of blocks start … stop − 1, one row a direction, (G, …)."""
+    def pack(self, directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device) -> Tensor:
+        """Packed entries of all parts side by side, one row a direction, (G, …)."""
 
     def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
         """Write scale · z, (M,), from one row of `pack` or a part of it."""
@@ -114,14 +123,30 @@ def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     return int(philox4x32(counter, torch.tensor([seed, 0]))[0])
 
 
-def blocks(
-    directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
-) -> list[Tensor]:
-    """The four words of blocks start … stop − 1 for every direction, int64 (G, K) each."""
+def count(parts: Sequence[Blocks]) -> int:
+    """Blocks in all parts, K."""
+    return sum(part.stop - part.start for part in parts)
+
+
+def counters(parts: Sequence[Blocks], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of all parts' blocks, (K), and their purposes and parameter ids, (2, K), or (2, 1) for one part."""
+    number = torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
+    constants = torch.tensor([[part.purpose, parameter_id(part.name)] for part in parts], device=device).T
+    if len(parts) == 1:
+        return number, constants
+    lengths = torch.tensor([part.stop - part.start for part in parts], device=device)
+    return number, constants.repeat_interleave(lengths, dim=1)
+
+
+def words_of(
+    directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device
+) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """(first, last, the four words of these blocks for every direction, int64 (G, last − first) each)."""
     seed, step, index = torch.tensor(directions, dtype=torch.int64, device=device).T[..., None]  # (G, 1) each
-    number = torch.arange(start, stop, device=device)  # (K)
-    constants = torch.tensor([PURPOSE_ENTRIES, parameter_id(parameter_name)], device=device)
-    return philox_words([number, *constants, step], [seed, index])
+    number, constants = counters(parts, device)
+    for first, last in spans(len(number), max(1, PHILOX_BLOCKS // len(directions))):
+        purpose, parameter = constants if constants.shape[1] == 1 else constants[:, first:last]
+        yield first, last, philox_words([number[first:last], purpose, parameter, step], [seed, index])
 
 
 class Rademacher:
@@ -134,12 +159,10 @@ class Rademacher:
     packed_per_block = 16
     packed_bytes_per_entry = 1 / 8
 
-    def pack(
-        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
-    ) -> Tensor:
-        packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
-        for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions))):
-            for place, word in enumerate(blocks(directions, parameter_name, start + a, start + b, device)):
+    def pack(self, directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device) -> Tensor:
+        packed = torch.empty(len(directions), count(parts), 4, dtype=torch.int32, device=device)  # (G, K, 4)
+        for a, b, words in words_of(directions, parts, device):
+            for place, word in enumerate(words):
                 packed[:, a:b, place] = word
         return packed.view(torch.uint8).flatten(1)  # (G, 16 K), least significant byte first
 
@@ -159,12 +182,10 @@ class Gaussian:
     packed_per_block = 4
     packed_bytes_per_entry = 4.0
 
-    def pack(
-        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
-    ) -> Tensor:
-        packed = torch.empty(len(directions), stop - start, 4, dtype=torch.float32, device=device)  # (G, K, 4)
-        for a, b in spans(stop - start, max(1, PHILOX_BLOCKS // len(directions))):
-            packed[:, a:b] = _box_muller(blocks(directions, parameter_name, start + a, start + b, device))
+    def pack(self, directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device) -> Tensor:
+        packed = torch.empty(len(directions), count(parts), 4, dtype=torch.float32, device=device)  # (G, K, 4)
+        for a, b, words in words_of(directions, parts, device):
+            packed[:, a:b] = _box_muller(words)
         return packed.flatten(1)  # (G, 4 K)
 
     def unpack_(self, out: Tensor, packed: Tensor, scale: float) -> None:
@@ -210,29 +231,55 @@ def entries(
     first, last = start // size, -(-stop // size)
     whole = torch.empty((last - first) * size, dtype=dtype, device=device)
     for a, b in spans(last - first, blocks_held(kind, 1)):
-        packed = kind.pack([direction], parameter_name, first + a, first + b, device)[0]
+        packed = kind.pack([direction], [Blocks(parameter_name, first + a, first + b)], device)[0]
         for c, d in spans(b - a, CHUNK // size):
             kind.unpack_(whole[(a + c) * size : (a + d) * size], packed[c * length : d * length], 1.0)
     return whole[start - first * size : stop - first * size]
 
 
 def packed_noise(
+    distribution: Distribution, directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device
+) -> list[Tensor]:
+    """`distribution.pack(…)` of every part, (G, …) each, from one call; the small ones are kept for the update."""
+    keys = [(distribution, tuple(directions), part, device) for part in parts]
+    missing = [part for part, key in zip(parts, keys, strict=True) if key not in _kept]
+    made = {}
+    if missing:
+        lengths = [(part.stop - part.start) * distribution.packed_per_block for part in missing]
+        made = dict(zip(missing, distribution.pack(directions, missing, device).split(lengths, dim=1), strict=True))
+    found = [made[part] if part in made else _kept[key] for part, key in zip(parts, keys, strict=True)]
+    for part, key in zip(parts, keys, strict=True):
+        if part in made and len(directions) * (part.stop - part.start) <= KEPT_BLOCKS:
+            _kept[key] = made[part].clone()  # not a view of all that was made with it
+    held = sum(tensor.nbytes for tensor in _kept.values())
+    while held > KEPT_BYTES:
+        held -= _kept.pop(next(iter(_kept))).nbytes  # the oldest
+    return found
+
+
+_kept: dict[Any, Tensor] = {}
+
+
+def unpacked(
     distribution: Distribution,
     directions: Sequence[Direction],
-    parameter_name: str,
-    start: int,
-    stop: int,
+    wanted: Sequence[tuple[Blocks, int]],
     device: torch.device,
-) -> Tensor:
-    """`distribution.pack(…)`; of small parameters, the update is given what was made for the probes."""
-    if len(directions) * (stop - start) > KEPT_BLOCKS:
-        return distribution.pack(directions, parameter_name, start, stop, device)
-    return _pack_once(distribution, tuple(directions), parameter_name, start, stop, device)
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """The first entries of several streams, one row a direction, (G, numel) each, from one call.
 
-
-@functools.lru_cache(maxsize=32)
-def _pack_once(distribution: Distribution, *arguments: Any) -> Tensor:
-    return distribution.pack(*arguments)
+    Args:
+        wanted: the blocks of each stream, and how many of their entries.
+    """
+    size, rows = distribution.entries_per_block, []
+    parts, numels = [part for part, _ in wanted], [numel for _, numel in wanted]
+    for packed, numel in zip(packed_noise(distribution, directions, parts, device), numels, strict=True):
+        row = packed.shape[1] // distribution.packed_per_block * size
+        entries_ = torch.empty(len(directions), row, dtype=dtype, device=device)
+        distribution.unpack_(entries_.view(-1), packed.flatten(), 1.0)
+        rows.append(entries_[:, :numel])
+    return rows
 
 
 def blocks_held(distribution: Distribution, directions: int) -> int:

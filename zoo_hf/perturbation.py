@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import CHUNK, DISTRIBUTIONS, PACKED_BYTES, Direction, Distribution, packed_noise, spans
+from .low_rank import Kind, LowRank, factor_bytes, full, is_low_rank
+from .noise import CHUNK, PACKED_BYTES, Blocks, Direction, packed_noise, spans
 
 
 Objective = Callable[[], Tensor]
@@ -32,7 +33,7 @@ def probe(
     members: Sequence[Member],
     smoothing_radius: float,
     *,
-    distribution: str = "rademacher",
+    distribution: Kind = "rademacher",
 ) -> Tensor:
     """Losses of the members, (P,) float64 on the CPU, in their order; θ is bit for bit as before.
 
@@ -50,16 +51,16 @@ def probe(
     losses = []
     with torch.no_grad(), kept(parameters) as saved:
         directions = [member.direction for member in members]
-        displacement = Displacement(parameters, saved, DISTRIBUTIONS[distribution], directions)
+        displacement = Displacement(parameters, saved, distribution, directions)
         for direction, sign in members:
             displacement.write_(direction, sign * smoothing_radius)
-            losses.append(_scalar(objective()))
+            losses.append(scalar(objective()))
     return torch.stack(losses).cpu().double() if losses else torch.empty(0, dtype=torch.float64)
 
 
 @contextmanager
 def perturbed(
-    parameters: Parameters, direction: Direction, scale: float, *, distribution: str = "rademacher"
+    parameters: Parameters, direction: Direction, scale: float, *, distribution: Kind = "rademacher"
 ) -> Iterator[None]:
     """Hold θ + scale · z inside the block; on exit θ is bit-identical to before, even after an error.
 
@@ -67,7 +68,7 @@ def perturbed(
     """
     with kept(parameters) as saved:
         with torch.no_grad():
-            Displacement(parameters, saved, DISTRIBUTIONS[distribution], [direction]).write_(direction, scale)
+            Displacement(parameters, saved, distribution, [direction]).write_(direction, scale)
         yield
 
 
@@ -103,9 +104,10 @@ class Piece(NamedTuple):
 class Displacement:
     """Writes θ + s z into the weights, for one direction after another.
 
-    Weights are written in groups of pieces whose noise is unpacked in one call. Packed noise of the next few
-    directions is held, as many as fit into 1 MiB or a twentieth of the weights, so that the two members of a pair
-    share it; where not even one fits, it is made again.
+    Weights are written in groups of pieces whose noise is unpacked in one call, and matrices with low-rank directions
+    by themselves. Packed noise and factors of the next few directions are held, as many as fit into 1 MiB or a
+    twentieth of the weights, so that the two members of a pair share them; where not even one fits, they are made
+    again.
 
     Args:
         parameters: name → weight, contiguous, to be written.
@@ -113,23 +115,32 @@ class Displacement:
         directions: those that will be asked for, in that order.
     """
 
-    def __init__(
-        self, parameters: Parameters, saved: Parameters, distribution: Distribution, directions: Sequence[Direction]
-    ):
-        self.distribution, self.saved = distribution, saved
-        self.groups = list(_groups(parameters, saved))
+    def __init__(self, parameters: Parameters, saved: Parameters, kind: Kind, directions: Sequence[Direction]):
+        self.kind, self.distribution, self.saved = kind, full(kind), saved
+        self.matrices = {name: p for name, p in parameters.items() if is_low_rank(kind, name)}
+        self.others = {name: p for name, p in parameters.items() if name not in self.matrices}
+        self.groups = list(_groups(self.others, saved))
         self.order = list(dict.fromkeys(directions))
         room = max(PACKED_BYTES, HELD_SHARE * sum(p.numel() * p.element_size() for p in saved.values()))
-        numel = sum(p.numel() for p in saved.values())
-        self.capacity = int(room / max(1, numel * distribution.packed_bytes_per_entry))
-        self.held: dict[Direction, int] = {}  # direction → its row in the packed noise
+        self.capacity = int(room / max(1, self._bytes()))
+        self.held: dict[Direction, int] = {}  # direction → its row in what is held
         self.packed: list[Tensor] = []  # of each group, (G, …)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}  # of each matrix, (G, R, r) and (G, C, r)
+
+    def _bytes(self) -> float:
+        """What is held of one direction."""
+        packed = sum(p.numel() for p in self.others.values()) * self.distribution.packed_bytes_per_entry
+        return packed + sum(factor_bytes(self.kind, p.shape) for p in self.matrices.values())
+
+    def _factors(self, directions: Sequence[Direction], matrices: Parameters) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.kind.factors(directions, matrices) if isinstance(self.kind, LowRank) else {}
 
     def write_(self, direction: Direction, scale: float) -> None:
         """Write θ + scale · z, summed in float32 at least and rounded once to each weight's dtype."""
         if self.capacity and direction not in self.held:
             at = self.order.index(direction)
             self._hold(self.order[at : at + self.capacity])
+        self._write_matrices_(direction, scale)
         for number, group in enumerate(self.groups):
             packed = self.packed[number][self.held[direction]] if self.capacity else self._pack(direction, group)
             entries = len(packed) // self.distribution.packed_per_block * self.distribution.entries_per_block
@@ -141,34 +152,45 @@ class Displacement:
                 torch.add(saved, noise[place : place + len(weights)], out=weights)
                 place += self._blocks(len(weights)) * self.distribution.entries_per_block
 
+    def _write_matrices_(self, direction: Direction, scale: float) -> None:
+        for name, parameter in self.matrices.items():
+            a, b = self.factors[name] if self.capacity else self._factors([direction], {name: parameter})[name]
+            row = self.held[direction] if self.capacity else 0
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            left, right = a[row].to(wide), b[row].to(wide).mT  # (R, r), (r, C)
+            weights, saved = (t.view(len(left), -1) for t in (parameter, self.saved[name]))
+            for first, last in spans(len(left), max(1, CHUNK // right.shape[1])):
+                weights[first:last] = torch.addmm(saved[first:last].to(wide), left[first:last], right, alpha=scale)
+
     def _hold(self, directions: Sequence[Direction]) -> None:
-        """Pack the noise of these directions, one parameter after the other, as its groups will want it."""
-        self.packed = []  # freed before the next is made
-        whole = {
-            name: packed_noise(self.distribution, directions, name, 0, self._blocks(saved.numel()), saved.device)
-            for name, saved in self.saved.items()
-        }
+        """Make the noise of these directions, one parameter after the other, packed as its groups will want it."""
+        self.packed, self.factors = [], {}  # freed before the next are made
+        self.factors = self._factors(directions, self.matrices)
+        whole: dict[str, Tensor] = {}
+        for device, here in by_device(self.others).items():
+            parts = [Blocks(name, 0, self._blocks(p.numel())) for name, p in here.items()]
+            whole |= zip(here, packed_noise(self.distribution, directions, parts, device), strict=True)
         self.held = {direction: row for row, direction in enumerate(directions)}
         length = self.distribution.packed_per_block
         for group in self.groups:
-            spans_ = [(name, *self._span(start, weights)) for weights, _, name, start in group]
-            parts = [whole[name][:, first * length : last * length] for name, first, last in spans_]
-            self.packed.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+            rows = [whole[p.name][:, p.start * length : p.stop * length] for p in map(self._part, group)]
+            self.packed.append(rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
 
     def _pack(self, direction: Direction, group: list[Piece]) -> Tensor:
-        parts = [
-            self.distribution.pack([direction], name, *self._span(start, weights), weights.device)[0]
-            for weights, _, name, start in group
-        ]
-        return torch.cat(parts)
+        return self.distribution.pack([direction], [*map(self._part, group)], group[0].weights.device)[0]
 
-    def _span(self, start: int, weights: Tensor) -> tuple[int, int]:
-        """First block of a piece, and the one after its last."""
-        first = start // self.distribution.entries_per_block
-        return first, first + self._blocks(len(weights))
+    def _part(self, piece: Piece) -> Blocks:
+        first = piece.start // self.distribution.entries_per_block
+        return Blocks(piece.name, first, first + self._blocks(len(piece.weights)))
 
     def _blocks(self, numel: int) -> int:
         return -(-numel // self.distribution.entries_per_block)
+
+
+def by_device(parameters: Parameters) -> dict[torch.device, Parameters]:
+    """The parameters on each device."""
+    devices = dict.fromkeys(p.device for p in parameters.values())
+    return {device: {name: p for name, p in parameters.items() if p.device == device} for device in devices}
 
 
 def _groups(parameters: Parameters, saved: Parameters) -> Iterator[list[Piece]]:
@@ -188,7 +210,7 @@ def _groups(parameters: Parameters, saved: Parameters) -> Iterator[list[Piece]]:
         yield group
 
 
-def _scalar(loss: Tensor) -> Tensor:
+def scalar(loss: Tensor) -> Tensor:
     if loss.numel() != 1:
         raise ValueError(f"The objective must return a scalar, got a tensor of shape {tuple(loss.shape)}.")
     return loss.detach().reshape(())

@@ -27,8 +27,10 @@ from .carry import check_state, state_after, with_state
 from .config import FLOAT16, SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import alone, broadcast_, exchange, same_batches, share
 from .estimators import ESTIMATORS, Estimate, Estimator
+from .low_rank import Kind, kind_of
 from .noise import Direction, check_names, dropout_seed
-from .perturbation import Objective, check_contiguous, probe, probing_mode, seeded, share_moved
+from .perturbation import Objective, check_contiguous, probing_mode, seeded, share_moved
+from .probes import Probes
 from .update import Update, check_optimizer
 
 
@@ -67,6 +69,7 @@ class ZOOTrainerMixin(Base):
         self.current_gradient_accumulation_steps = 1  # until `train` counts them
         self._losses: list[Tensor] = []  # of the members, for each micro-batch so far
         self._figures = Figures()
+        self._probes: Any = None  # Probes, from the first step on
         super().__init__(*args, **kwargs)
         self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
         if self.optimizer is not None:
@@ -102,7 +105,7 @@ class ZOOTrainerMixin(Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
-        self._losses, self._figures = [], Figures()  # another run may have left some
+        self._losses, self._figures, self._probes = [], Figures(), None  # another run may have left some
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -126,13 +129,15 @@ class ZOOTrainerMixin(Base):
         members = estimator.members(directions)
         mine = members[share(len(members), self.accelerator.process_index, self.accelerator.num_processes)]
         with probing_mode(model, dropout=args.dropout), alone(self.accelerator), first_booking(self) as book:
-            losses = probe(
+            losses = self._probes.losses(
                 objective_of(self, model, inputs, num_items_in_batch, after=book),
                 self.update.parameters,
                 mine,
                 args.smoothing_radius,
-                distribution=args.distribution,
+                model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
+                distribution=self._kind(),
             )
+            self.update.population = self._probes.members_per_forward
             if args.carry_state:
                 self.update.carried_state = state_after(self, model, inputs)
         # divided here and not in the objective: in float64
@@ -154,12 +159,21 @@ class ZOOTrainerMixin(Base):
         """As a step of the stock Trainer begins: after an evaluation, model and optimizer are in another mode."""
         if self.update is None:  # outside of `train`
             self.create_optimizer()
+        if self._probes is None:  # after a checkpoint was loaded, if there is one
+            kept = self.update.population if self.args.probes == "auto" else None
+            # compiled code is fast for one member, and would be compiled anew for a population
+            choice = "serial" if self.args.torch_compile and self.args.probes == "auto" else self.args.probes
+            self._probes = Probes(choice, self.args.members_per_forward or kept)
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
 
     def _estimator(self) -> Estimator:
-        return ESTIMATORS[self.args.estimator](self.args.smoothing_radius, self.args.distribution)
+        return ESTIMATORS[self.args.estimator](self.args.smoothing_radius, self._kind())
+
+    def _kind(self) -> Kind:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return kind_of(self.args.distribution, model, self.args.direction_rank)
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Norm of the estimate before clipping; none is computed, or logged, when nothing is clipped."""

@@ -2,17 +2,35 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .estimators import Estimate
-from .noise import CHUNK, DISTRIBUTIONS, blocks_held, check_names, packed_noise, spans
+from .low_rank import Kind, LowRank, factor_bytes, full, is_low_rank, parts_of
+from .noise import (
+    BLOCK_BYTES,
+    CHUNK,
+    KEPT_BLOCKS,
+    KEPT_BYTES,
+    Blocks,
+    Direction,
+    blocks_held,
+    check_names,
+    packed_noise,
+    spans,
+    unpacked,
+)
+from .perturbation import Parameters, by_device
 
 
 logger = logging.getLogger(__name__)
+
+OWN = ("forward_passes", "carried_state", "population")  # of an Update, saved with the optimizer's
+FACTOR_BYTES = 1 << 22  # of low-rank directions, held at once while they are summed
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
 SEPARATE = ("torch.optim.", "transformers.", "bitsandbytes.")
@@ -34,25 +52,79 @@ def check_optimizer(kind: str) -> None:
 def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
     """ĝ = 1/m Σᵢ cᵢ zᵢ for one parameter, in its shape and dtype, in one pass over the estimate's m used directions.
 
-    Summed in float32 at least, direction after direction, so that it does not depend on how the work is cut.
+    Summed in float32 at least, in an order that depends on m and the parameter's shape alone.
     """
     used = [
         (d, c) for d, c in zip(estimate.directions, estimate.coefficients.tolist(), strict=True) if not math.isnan(c)
     ]
     directions, coefficients = zip(*used, strict=True)
-    distribution = DISTRIBUTIONS[estimate.distribution]
+    if is_low_rank(estimate.distribution, name):
+        total = low_rank_sum(estimate.distribution, directions, coefficients, name, parameter)
+    elif len(directions) * parameter.numel() <= CHUNK:
+        total = small_sum(estimate.distribution, directions, coefficients, name, parameter)
+    else:
+        total = full_sum(estimate.distribution, directions, coefficients, name, parameter)
+    return total.div_(len(directions)).to(parameter.dtype).view_as(parameter)
+
+
+def full_sum(
+    kind: Kind, directions: Sequence[Direction], coefficients: Sequence[float], name: str, parameter: Tensor
+) -> Tensor:
+    """Σᵢ cᵢ zᵢ, flat: direction after direction, chunk by chunk."""
+    distribution = full(kind)
     size, length = distribution.entries_per_block, distribution.packed_per_block
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
     for a, b in spans(-(-parameter.numel() // size), blocks_held(distribution, len(directions))):
-        packed = packed_noise(distribution, directions, name, a, b, parameter.device)  # (m, …)
+        (packed,) = packed_noise(distribution, directions, [Blocks(name, a, b)], parameter.device)  # (m, …)
         for first, last in spans(b - a, CHUNK // size):
             part = total[(a + first) * size : (a + last) * size]
             noise = torch.empty((last - first) * size, dtype=dtype, device=parameter.device)
             for row, coefficient in zip(packed, coefficients, strict=True):
                 distribution.unpack_(noise, row[first * length : last * length], coefficient)
                 part += noise[: len(part)]
-    return total.div_(len(directions)).to(parameter.dtype).view_as(parameter)
+    return total
+
+
+def small_sum(
+    kind: Kind, directions: Sequence[Direction], coefficients: Sequence[float], name: str, parameter: Tensor
+) -> Tensor:
+    """Σᵢ cᵢ zᵢ, flat, as one product: a parameter this small costs calls and not arithmetic."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    wanted = [(part, parameter.numel()) for part in parts_of(kind, name, parameter.shape)]
+    (rows,) = unpacked(full(kind), directions, wanted, parameter.device, dtype)  # (m, numel)
+    return torch.tensor(coefficients, dtype=dtype, device=parameter.device) @ rows
+
+
+def make_noise(estimate: Estimate, parameters: Parameters) -> None:
+    """Have the noise of small parameters made in one call; it is then kept for their gradients."""
+    directions = [d for d, c in zip(estimate.directions, estimate.coefficients.tolist(), strict=True) if c == c]
+    kind, distribution = estimate.distribution, full(estimate.distribution)
+    for device, here in by_device(parameters).items():
+        parts = [part for name, p in here.items() for part in parts_of(kind, name, p.shape)]
+        small = [part for part in parts if len(directions) * (part.stop - part.start) <= KEPT_BLOCKS]
+        held = accumulate(len(directions) * (part.stop - part.start) * BLOCK_BYTES for part in small)
+        together = [part for part, size in zip(small, held, strict=True) if size <= KEPT_BYTES // 2]
+        if len(together) > 1:
+            packed_noise(distribution, directions, together, device)
+
+
+def low_rank_sum(
+    kind: Kind, directions: Sequence[Direction], coefficients: Sequence[float], name: str, parameter: Tensor
+) -> Tensor:
+    """Σᵢ cᵢ Aᵢ Bᵢᵀ/√r, (R, C), as one product for every chunk of directions: their factors side by side."""
+    assert isinstance(kind, LowRank)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    total = torch.zeros(
+        parameter.numel() // parameter.shape[-1], parameter.shape[-1], dtype=dtype, device=parameter.device
+    )
+    held = max(1, FACTOR_BYTES // factor_bytes(kind, parameter.shape))
+    for first, last in spans(len(directions), held):
+        a, b = kind.factors(directions[first:last], {name: parameter})[name]  # (G, R, r), (G, C, r)
+        scales = torch.tensor(coefficients[first:last], dtype=dtype, device=parameter.device)
+        left = (a.to(dtype) * scales[:, None, None]).transpose(0, 1).flatten(1)  # (R, G·r)
+        total.addmm_(left, b.to(dtype).mT.flatten(0, 1))  # (G·r, C)
+    return total
 
 
 class Update(torch.optim.Optimizer):
@@ -82,6 +154,7 @@ class Update(torch.optim.Optimizer):
         self.forward_passes = 0  # of the whole run, saved with the optimizer as are the settings it was made with
         self.settings: dict[str, Any] = {}
         self.carried_state: Tensor | None = None  # of a recurrent model, from batch to batch, and saved as well
+        self.population: int | None = None  # members a forward pass, as chosen at the first step, and saved as well
         self.estimate: Estimate | None = None
         self.clip = 1.0
 
@@ -102,6 +175,7 @@ class Update(torch.optim.Optimizer):
         assert closure is None, "An estimate is applied, and no loss evaluated again."
         assert self.estimate is not None, "`hold` an estimate before `step`."
         for bucket in self._buckets():
+            make_noise(self.estimate, {name: self.parameters[name] for name in bucket})
             for name in bucket:
                 self.parameters[name].grad = self._gradient(name)
             self.optimizer.step()
@@ -158,14 +232,14 @@ class Update(torch.optim.Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"forward_passes": self.forward_passes, "carried_state": self.carried_state}
+        own = {name: vars(self)[name] for name in OWN}
         return self.optimizer.state_dict() | {"zoo": own | self.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a saved state; an optimizer's own, from training with gradients, will do."""
         inner = dict(state_dict)
         saved = inner.pop("zoo", {})
-        self.forward_passes, self.carried_state = saved.get("forward_passes", 0), saved.get("carried_state")
+        vars(self).update({name: saved[name] for name in OWN if name in saved})
         for name, now in self.settings.items():
             then = saved.get(name, now)
             if now != then:

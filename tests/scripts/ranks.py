@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
 from zoo_hf import RNNConfig, RNNForCausalLM, ZOOConfig, ZOOTrainer
+from zoo_hf.tasks import byte_tokenizer, text_streams
 
 
 COLLECTIVES = (
@@ -62,6 +63,17 @@ def streamed() -> Any:
     return corpus().to_iterable_dataset(num_shards=2).shuffle(seed=3, buffer_size=4)
 
 
+def byte_lstm() -> RNNForCausalLM:
+    return RNNForCausalLM(RNNConfig(vocab_size=256, embedding_size=4, hidden_size=8))
+
+
+def streams() -> Dataset:
+    """Two texts, each read in windows of eight bytes by one row of the batch."""
+    return text_streams(
+        ["A first text that goes on.", "And a second one, no less."], byte_tokenizer(), 8, batch_size=2
+    )
+
+
 class Gathering(ZOOTrainer):
     """Its objective gathers a figure from all ranks, as those of TRL's trainers do."""
 
@@ -83,6 +95,8 @@ CASES: dict[str, dict[str, Any]] = {
     "workers": {"data_collator": mask_at_random, "remove_unused_columns": False, "dataloader_num_workers": 1},
     "gathering": {"num_directions": 4, "estimator": "forward", "trainer": Gathering},
     "clipped": {"max_grad_norm": 1.0, "optim": "sgd"},
+    "population": {"probes": "population", "members_per_forward": 2, "distribution": "low_rank"},
+    "carried": {"model": byte_lstm, "dataset": streams, "carry_state": True, "per_device_train_batch_size": 2},
     "logged": {"logging_strategy": "steps", "logging_steps": 1, "include_num_input_tokens_seen": "all"},
 }
 
@@ -106,6 +120,7 @@ def trainer_of(
 ) -> ZOOTrainer:
     defaults = {
         "num_directions": 4,
+        "probes": "serial",
         "per_device_train_batch_size": 4,
         "num_train_epochs": 2,
         "logging_strategy": "no",

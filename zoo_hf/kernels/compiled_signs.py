@@ -6,29 +6,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..noise import DISTRIBUTIONS, PURPOSE_ENTRIES, Direction, Rademacher, parameter_id, philox_words, spans
+from ..noise import DISTRIBUTIONS, Blocks, Direction, Rademacher, counters, philox_words, spans
 
 
 COMPILED_BLOCKS = 1 << 13  # one size for every call, so that one compilation serves all parameters
 
 
 class CompiledRademacher(Rademacher):
-    """`Rademacher` whose Philox blocks come from compiled code, 8,192 blocks of one direction a call.
+    """`Rademacher` whose Philox blocks come from compiled code, 8,192 blocks a call, of one direction or many.
 
-    Parameters much smaller than a call waste most of it: this is for models of millions of weights.
+    A stream with much less for all directions together wastes most of a call: this is for models of millions of
+    weights, and for the factors of many low-rank directions.
     """
 
-    def pack(
-        self, directions: Sequence[Direction], parameter_name: str, start: int, stop: int, device: torch.device
-    ) -> Tensor:
-        packed = torch.empty(len(directions), stop - start, 4, dtype=torch.int32, device=device)  # (G, K, 4)
-        words = _compiled(device)
-        for row, (seed, step, index) in zip(packed, directions, strict=True):
-            for first, last in spans(stop - start, COMPILED_BLOCKS):
-                name = [start + first, parameter_id(parameter_name), step, seed, index]
-                for place, word in enumerate(words(torch.tensor(name, device=device))):
-                    row[first:last, place] = word[: last - first]
-        return packed.view(torch.uint8).flatten(1)
+    def pack(self, directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device) -> Tensor:
+        number, constants = counters(parts, device)
+        constants = constants.expand(2, len(number))
+        words, names = _compiled(device), torch.tensor(directions, dtype=torch.int64, device=device)  # (G, 3)
+        packed = torch.empty(len(directions) * len(number), 4, dtype=torch.int32, device=device)  # (G · K, 4)
+        for first, last in spans(len(packed), COMPILED_BLOCKS):
+            place = torch.arange(first, first + COMPILED_BLOCKS, device=device).clamp_(max=last - 1)
+            seed, step, index = names[place // len(number)].unbind(1)
+            place %= len(number)
+            for column, word in enumerate(words(number[place], *constants[:, place], seed, step, index)):
+                packed[first:last, column] = word[: last - first]
+        return packed.view(torch.uint8).view(len(directions), -1)
 
 
 def use_compiler(enabled: bool = True) -> None:
@@ -40,13 +42,12 @@ def use_compiler(enabled: bool = True) -> None:
 
 
 @functools.cache
-def _compiled(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
+def _compiled(device: torch.device) -> Callable[..., list[Tensor]]:
     return torch.compile(_words, dynamic=False, fullgraph=True)
 
 
-def _words(name: Tensor) -> list[Tensor]:
-    """The words of 8,192 blocks, (K,) int32 each, from (first block, parameter id, step, seed, direction index)."""
-    first, parameter, step, seed, index = name.unbind()
-    number = torch.arange(COMPILED_BLOCKS, device=name.device) + first
-    words = philox_words([number, torch.full_like(parameter, PURPOSE_ENTRIES), parameter, step], [seed, index])
-    return [word.to(torch.int32) for word in words]
+def _words(
+    number: Tensor, purpose: Tensor, parameter: Tensor, seed: Tensor, step: Tensor, index: Tensor
+) -> list[Tensor]:
+    """The words of 8,192 blocks, (K,) int32 each, from their counters and keys, (K,) each."""
+    return [word.to(torch.int32) for word in philox_words([number, purpose, parameter, step], [seed, index])]

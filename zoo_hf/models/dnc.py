@@ -85,6 +85,8 @@ class DNC(nn.Module):
         memory_width: W, numbers in a slot of the memory. The weights do not depend on the number of slots.
     """
 
+    matrices = ("input_weight", "recurrent_weight", "interface_weight")  # for low-rank directions
+
     def __init__(self, input_size: int, hidden_size: int, memory_width: int):
         super().__init__()
         joint, gates, interface = input_size + memory_width, 4 * hidden_size, 4 * memory_width + 1

@@ -62,9 +62,11 @@ def lstm_scan(
     h, c = split_state(state, heads)  # (N, B, D) each
     outputs = []
     for t in range(inputs.shape[1]):
-        i, f, g, o = torch.baddbmm(pre[t], h, blocks).chunk(4, dim=-1)  # (N, B, D) each
-        new_c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
-        new_h = o.sigmoid() * new_c.tanh()
+        gates_now = torch.baddbmm(pre[t], h, blocks)  # (N, B, 4D)
+        # σ of g as well, which is not used: one call over neighbouring numbers is faster than three over others
+        (i, f, _, o), g = gates_now.sigmoid().chunk(4, dim=-1), gates_now.chunk(4, dim=-1)[2]  # (N, B, D) each
+        new_c = torch.addcmul(f * c, i, g.tanh())
+        new_h = o * new_c.tanh()
         if real is None:
             h, c = new_h, new_c
         else:

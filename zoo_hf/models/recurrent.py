@@ -183,7 +183,9 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         tokens, model = given(input_ids, inputs_embeds), cast(RecurrentModel, self.base_model)
         if labels is not None and tokens.shape[1] > self.config.chunk_length:
             chunks = model.chunks(tokens, attention_mask, state, starts)
-            return self._loss_by_chunks(chunks, labels, num_items_in_batch)
+            mean, after = self._loss_by_chunks(chunks, labels, num_items_in_batch)
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            return RecurrentCausalLMOutput(loss=mean, state=after if use_cache else None)
         last = logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0
         outputs = model(
             input_ids,
@@ -207,14 +209,14 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _loss_by_chunks(
         self, chunks: Iterator[Any], labels: Tensor, num_items_in_batch: Tensor | int | None
-    ) -> RecurrentCausalLMOutput:
+    ) -> tuple[Tensor, Tensor | None]:
         total: Any = 0.0
         state = None
         for part, hidden_states, state in chunks:  # noqa: B007  # the last one is returned
             # a slice more, for the last position's target; all targets at once would be as long as the text
             targets = next_tokens(labels[:, part.start : part.stop + 1])[:, : hidden_states[-1].shape[1]]
             total = total + summed_loss(self.lm_head(hidden_states[-1]), targets)
-        return RecurrentCausalLMOutput(loss=total / number_of_targets(labels[:, 1:], num_items_in_batch), state=state)
+        return total / number_of_targets(labels[:, 1:], num_items_in_batch), state
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -35,6 +35,7 @@ class RecurrentLayer(nn.Module):
     gates: int  # G
     slots: int  # S, of which the first is h, the output
     learnable_slots: int  # the first of them, whose values before the first token may be parameters
+    matrices = ("input_weight", "recurrent_weight")  # for low-rank directions
     other_slots: tuple[float, ...] = ()  # what the others hold before the first token then; without parameters 0
 
     input_weight: nn.Parameter

@@ -1,0 +1,216 @@
+"""Many members in one forward pass: `torch.func.vmap` over the weights adds the member axis, never a model.
+
+Parameters with full directions are stacked, one displaced copy a member. A matrix with low-rank directions stays one
+for all members: it enters the model as a `DisplacedMatrix`, which linear and embedding layers multiply without ever
+making the members' matrices.
+
+Letters: P members, d weights.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .low_rank import Kind, LowRank, full, is_low_rank
+from .noise import Blocks, Direction, Distribution, unpacked
+from .perturbation import Member, Objective, Parameters, by_device, scalar
+
+
+def probe_population(
+    objective: Objective,
+    parameters: Parameters,
+    members: Sequence[Member],
+    smoothing_radius: float,
+    *,
+    model: nn.Module,
+    members_per_forward: int,
+    distribution: Kind = "rademacher",
+) -> Tensor:
+    """Losses of the members, (P,) float64 on the CPU, in their order, as `probe`; θ is never written.
+
+    Args:
+        objective: evaluates `model` at its present weights; returns a scalar.
+        parameters: name in `model` → weight, those that are displaced.
+        smoothing_radius: ε > 0, in units of the weights.
+        members_per_forward: the memory of so many stacked copies of the parameters with full directions, and of so
+            many times a forward pass' activations, is taken.
+
+    Raises:
+        Exception: what the objective raises, among others where an operation has no rule for `torch.func.vmap`.
+    """
+    losses = []
+    with torch.no_grad():
+        for first in range(0, len(members), members_per_forward):
+            some = members[first : first + members_per_forward]
+            weights = member_weights(parameters, some, smoothing_radius, distribution)
+            losses.append(evaluate(objective, model, parameters, weights).cpu().double())
+            del weights  # before the next are made
+    return torch.cat(losses) if losses else torch.empty(0, dtype=torch.float64)
+
+
+def evaluate(objective: Objective, model: nn.Module, parameters: Parameters, weights: dict[str, Any]) -> Tensor:
+    """Losses (P,) of members whose weights, or factors of their displacements, are stacked."""
+    within = Within(model, objective)
+
+    def loss(own: dict[str, Any]) -> Tensor:
+        named = {
+            f"model.{name}": DisplacedMatrix(parameters[name], *weight) if isinstance(weight, tuple) else weight
+            for name, weight in own.items()
+        }
+        return scalar(functional_call(within, named, ()))
+
+    # torch's attention kernel for a CPU has no rule for vmap: it would run member by member
+    with sdpa_kernel(SDPBackend.MATH):
+        return vmap(loss, randomness="same")(weights)
+
+
+class Within(nn.Module):
+    """The objective as a module that contains the model, so that `functional_call` can replace the model's weights."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model = model
+        self.objective = lambda: objective()  # not as a second name of the model, should it be one
+
+    def forward(self) -> Tensor:
+        return self.objective()
+
+
+def member_weights(
+    parameters: Parameters, members: Sequence[Member], smoothing_radius: float, kind: Kind
+) -> dict[str, Any]:
+    """For every parameter its members' weights, (P, …), or their displacements' factors, (P, R, r) and (P, C, r)."""
+    directions = list(dict.fromkeys(member.direction for member in members))
+    rows = [directions.index(member.direction) for member in members]
+    scales = [member.sign * smoothing_radius for member in members]
+    weights: dict[str, Any] = {}
+    for device, here in by_device(parameters).items():
+        own = torch.tensor(rows, device=device), torch.tensor(scales, device=device)
+        matrices = {name: p for name, p in here.items() if is_low_rank(kind, name)}
+        weights |= stacked({name: p for name, p in here.items() if name not in matrices}, directions, *own, full(kind))
+        if matrices:
+            assert isinstance(kind, LowRank)
+            weights |= factors(matrices, directions, *own, kind)
+    return weights
+
+
+def stacked(
+    parameters: Parameters, directions: Sequence[Direction], rows: Tensor, scales: Tensor, distribution: Distribution
+) -> dict[str, Tensor]:
+    """θ + s ε z of every member, (P, …), summed in float32 at least and rounded once, as serial members are.
+
+    Args:
+        rows: (P), each member's direction among `directions`.
+        scales: (P), each member's s ε.
+    """
+    size = distribution.entries_per_block
+    wanted = [(Blocks(name, 0, -(-p.numel() // size)), p.numel()) for name, p in parameters.items()]
+    found = {}
+    noise = unpacked(distribution, directions, wanted, rows.device) if wanted else []
+    for (name, parameter), z in zip(parameters.items(), noise, strict=True):
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        own = z[rows].to(wide).mul_(scales[:, None]).add_(parameter.detach().view(-1))
+        found[name] = own.to(parameter.dtype).view(len(rows), *parameter.shape)
+    return found
+
+
+def factors(
+    parameters: Parameters, directions: Sequence[Direction], rows: Tensor, scales: Tensor, kind: LowRank
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """s ε A/√r and B of every member, in their parameter's dtype; arguments as of `stacked`."""
+    return {
+        name: ((a[rows] * scales[:, None, None]).to(parameters[name].dtype), b[rows].to(parameters[name].dtype))
+        for name, (a, b) in kind.factors(directions, parameters).items()
+    }
+
+
+class DisplacedMatrix(torch.Tensor):
+    """A weight that stands for W + A Bᵀ: layers that multiply by it never make it, everything else does.
+
+    Args:
+        base: W, shared by all members.
+        left: A, (R, r), of one member; stacked by vmap.
+        right: B, (C, r).
+    """
+
+    base: Tensor
+    left: Tensor
+    right: Tensor
+
+    @staticmethod
+    def __new__(cls, base: Tensor, left: Tensor, right: Tensor) -> "DisplacedMatrix":
+        matrix = base.detach().as_subclass(cls)
+        matrix.base, matrix.left, matrix.right = base.detach(), left, right
+        return matrix
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in MULTIPLY:
+                return MULTIPLY[func](*args, **kwargs)
+            convert = plain if func in READ else dense
+            return func(*torch.utils._pytree.tree_map(convert, args), **torch.utils._pytree.tree_map(convert, kwargs))
+
+
+def plain(value: Any) -> Any:
+    return value.base if isinstance(value, DisplacedMatrix) else value
+
+
+def dense(value: Any) -> Any:
+    """W + A Bᵀ itself, (P, …) under vmap, where something else than a layer asks for the weight."""
+    if not isinstance(value, DisplacedMatrix):
+        return value
+    return value.base + (value.left @ value.right.mT).view(value.base.shape)
+
+
+def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    if not isinstance(weight, DisplacedMatrix):  # it is multiplied by another weight
+        return F.linear(dense(x), weight, dense(bias))
+    return multiplied(x, weight.base, bias, weight.left, weight.right)
+
+
+def addmm(bias: Tensor, x: Tensor, weight: Any) -> Tensor:
+    """As gpt2's Conv1D calls it, whose weight is (I, O)."""
+    if not isinstance(weight, DisplacedMatrix):
+        return torch.addmm(dense(bias), dense(x), weight)
+    return multiplied(x, weight.base.mT, bias, weight.right, weight.left)
+
+
+def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """x (W + A Bᵀ)ᵀ + b, (…, O): the product with W is one for all members, and each adds its own outer products.
+
+    Args:
+        x: (…, I).
+        weight: W, (O, I).
+        left: A, (O, r), of one member; stacked by vmap, as are B and x.
+        right: B, (I, r).
+    """
+    rows = x.reshape(-1, x.shape[-1])  # (K, I)
+    y = F.linear(rows, weight, bias)  # (K, O)
+    projected = (right.mT @ rows.mT).mT  # (K, r); x @ right would take four times as long
+    for column in range(left.shape[1]):
+        y = torch.addcmul(y, projected[:, column, None], left[:, column])
+    return y.view(*x.shape[:-1], -1)
+
+
+def embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+    found = F.embedding(ids, weight.base, *args, **kwargs)
+    return found + F.embedding(ids, weight.left) @ weight.right.mT
+
+
+MULTIPLY: dict[Any, Callable[..., Tensor]] = {F.linear: linear, torch.addmm: addmm, F.embedding: embedding}
+PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_sparse", "is_cuda", "is_quantized")
+READ = {  # what asks about a weight and not for it
+    *(vars(torch.Tensor).get(name, vars(torch._C.TensorBase).get(name)).__get__ for name in PROPERTIES),
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.__len__,
+}
