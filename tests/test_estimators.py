@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from zoo_hf.estimators import CentralDifference, ForwardDifference
+from zoo_hf.gradients import gradient
 from zoo_hf.noise import Direction, entries
-from zoo_hf.update import gradient
 
 
 def directions(n, step=0, seed=0):

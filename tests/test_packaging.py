@@ -29,6 +29,7 @@ ORDER = (
     "meter",
     "probes",
     "estimators",
+    "gradients",
     "update",
     "trajectory",
     "distributed",

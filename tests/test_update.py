@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from zoo_hf.estimators import Estimate
+from zoo_hf.gradients import gradient, gradients
+from zoo_hf.low_rank import LowRank
 from zoo_hf.noise import Direction, entries
-from zoo_hf.update import Update, gradient
+from zoo_hf.update import Update
 
 
 BOTH = pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
@@ -56,7 +58,7 @@ def test_gradient_of_many_directions_does_not_depend_on_how_the_work_is_cut(rng,
     whole = gradient(estimate, "w", parameter)
     monkeypatch.setattr("zoo_hf.noise.PHILOX_BLOCKS", 640)
     monkeypatch.setattr("zoo_hf.noise.PACKED_BYTES", 1 << 13)
-    monkeypatch.setattr("zoo_hf.update.CHUNK", 1 << 10)
+    monkeypatch.setattr("zoo_hf.gradients.CHUNK", 1 << 10)
     assert torch.equal(gradient(estimate, "w", parameter), whole)
 
 
@@ -84,7 +86,20 @@ def test_one_parameter_at_a_time_equals_the_optimizer_fed_the_dense_gradient(rng
     assert moved == (2 if isinstance(optimizer, torch.optim.Muon) else 4)
 
 
-def test_no_gradient_outlives_the_step_and_none_is_larger_than_the_largest_parameter(rng):
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian", LowRank(frozenset(["embed", "weight"]), 2)])
+def test_gradients_made_together_are_those_made_alone(rng, kind):
+    weights, estimate = parameters(rng), an_estimate(rng, distribution=kind)
+    for name, together in gradients(estimate, weights).items():
+        torch.testing.assert_close(together, gradient(estimate, name, weights[name]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "expected"),
+    [(1, [["embed"], ["weight"], ["bias", "scale"]]), (1 << 19, [["embed", "weight", "bias", "scale"]])],
+    ids=["large", "small"],
+)
+def test_no_gradient_outlives_the_step_and_large_ones_are_not_there_together(rng, monkeypatch, chunk, expected):
+    monkeypatch.setattr("zoo_hf.update.CHUNK", chunk)
     weights = parameters(rng)
     held = []
 
@@ -97,7 +112,7 @@ def test_no_gradient_outlives_the_step_and_none_is_larger_than_the_largest_param
     update = Update(Spy(list(weights.values()), lr=0.1), {p: n for n, p in weights.items()})
     update.hold(an_estimate(rng))
     update.step()
-    assert held == [["embed"], ["weight"], ["bias", "scale"]]
+    assert held == expected
     assert all(p.grad is None for p in weights.values())
 
 

@@ -2,6 +2,7 @@
 
 from .config import ZOOArguments, ZOOConfig
 from .estimators import CentralDifference, Estimate, ForwardDifference
+from .gradients import gradient
 from .models import (
     DNCConfig,
     DNCForCausalLM,
@@ -19,7 +20,7 @@ from .models import (
 from .noise import Direction, entries, philox4x32
 from .perturbation import Member, perturbed, probe
 from .trainer import ZOOTrainer, ZOOTrainerMixin
-from .update import Update, gradient
+from .update import Update
 
 
 __all__ = [

@@ -86,20 +86,22 @@ def of_a_linear_layer(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return 2 * outputs[0].numel() * inputs[0].shape[-1]
 
 
-def of_a_layer(inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    """An LSTM by oneDNN: every token meets every weight."""
-    tokens, weights = inputs[0].shape[:2].numel(), sum(weight.numel() for weight in inputs[1:3])
-    return 2 * tokens * weights
+def of_a_recurrent_layer(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Of torch's fused ones: every token, (B, T) or (T, B) of them, meets every weight of a matrix."""
+    weights = sum(tensor.numel() for tensor in inputs[1:] if tensor.dim() == 2)
+    return 2 * inputs[0].shape[:2].numel() * weights
 
 
 PRODUCTS: dict[Any, Callable[[list[Tensor], list[Tensor]], int]] = {
-    # the first two whole, as inference mode leaves them
+    # the first of these are left whole in inference mode alone
     torch.ops.aten.linear: of_a_linear_layer,
     torch.ops.aten.matmul: of_a_linear_layer,
+    torch.ops.aten.lstm: of_a_recurrent_layer,
+    torch.ops.aten.gru: of_a_recurrent_layer,
+    torch.ops.aten.rnn_tanh: of_a_recurrent_layer,
     torch.ops.aten.mm: of_a_product,
     torch.ops.aten.bmm: of_a_product,
     torch.ops.aten.addmm: of_a_product,
     torch.ops.aten.baddbmm: of_a_product,
     torch.ops.aten.baddbmm_: of_a_product,
-    torch.ops.aten.mkldnn_rnn_layer: of_a_layer,
 }

@@ -265,21 +265,18 @@ def unpacked(
     directions: Sequence[Direction],
     wanted: Sequence[tuple[Blocks, int]],
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """The first entries of several streams, one row a direction, (G, numel) each, from one call.
+    """The first entries of several streams, one row a direction, (G, numel) float32 each, made in a few calls.
 
     Args:
         wanted: the blocks of each stream, and how many of their entries.
     """
-    size, rows = distribution.entries_per_block, []
     parts, numels = [part for part, _ in wanted], [numel for _, numel in wanted]
-    for packed, numel in zip(packed_noise(distribution, directions, parts, device), numels, strict=True):
-        row = packed.shape[1] // distribution.packed_per_block * size
-        entries_ = torch.empty(len(directions), row, dtype=dtype, device=device)
-        distribution.unpack_(entries_.view(-1), packed.flatten(), 1.0)
-        rows.append(entries_[:, :numel])
-    return rows
+    packed = torch.cat(packed_noise(distribution, directions, parts, device), dim=1)
+    lengths = [(part.stop - part.start) * distribution.entries_per_block for part in parts]
+    rows = torch.empty(len(directions), sum(lengths), device=device)
+    distribution.unpack_(rows.view(-1), packed.flatten(), 1.0)
+    return [row[:, :numel] for row, numel in zip(rows.split(lengths, dim=1), numels, strict=True)]
 
 
 def blocks_held(distribution: Distribution, directions: int) -> int:

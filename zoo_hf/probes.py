@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +55,8 @@ class Probes:
         try:
             if self.members_per_forward is None:
                 self.members_per_forward = self._choose(*arguments, model=model, kind=distribution)
-            while self.members_per_forward > 1:
-                try:
-                    size = self.members_per_forward
-                    return probe_population(
-                        *arguments, model=model, members_per_forward=size, distribution=distribution
-                    )
-                except Exception as error:
-                    if not out_of_memory(error):
-                        raise
-                    self._halve(error)
+            if self.members_per_forward > 1:
+                return self._population(*arguments, model=model, kind=distribution)
         except Exception as error:
             if self.choice == "population":
                 raise RuntimeError(
@@ -112,14 +104,21 @@ class Probes:
         )
         return chosen
 
-    def _halve(self, error: Exception) -> None:
-        """After a population that did not fit, although it was foreseen to."""
-        assert self.members_per_forward is not None
-        logger.warning(
-            f"A population of {self.members_per_forward} members does not fit into memory "
-            f"({str(error).splitlines()[0]}): half as many from now on."
-        )
-        self.members_per_forward //= 2
+    def _population(self, *arguments: Any, model: nn.Module, kind: Kind) -> Tensor:
+        """Losses by populations; where one does not fit into memory, although it was foreseen to, by smaller ones."""
+        size = self.members_per_forward
+        assert size is not None
+        try:
+            return probe_population(*arguments, model=model, members_per_forward=size, distribution=kind)
+        except Exception as error:
+            if not out_of_memory(error) or size == 1:
+                raise
+            logger.warning(
+                f"A population of {size} members does not fit into memory ({str(error).splitlines()[0]}): "
+                f"{size // 2} in a forward pass from now on."
+            )
+        self.members_per_forward = size // 2  # outside of the handler, whose error holds what did not fit
+        return self._population(*arguments, model=model, kind=kind)
 
 
 def least_bytes(parameters: Parameters, kind: Kind) -> int:

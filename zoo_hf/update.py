@@ -1,36 +1,20 @@
 """Estimate → weights: one parameter at a time through any torch optimizer, without gradient buffers."""
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .estimators import Estimate
-from .low_rank import Kind, LowRank, factor_bytes, full, is_low_rank, parts_of
-from .noise import (
-    BLOCK_BYTES,
-    CHUNK,
-    KEPT_BLOCKS,
-    KEPT_BYTES,
-    Blocks,
-    Direction,
-    blocks_held,
-    check_names,
-    packed_noise,
-    spans,
-    unpacked,
-)
-from .perturbation import Parameters, by_device
+from .gradients import gradients, together
+from .noise import CHUNK, check_names
 
 
 logger = logging.getLogger(__name__)
 
 OWN = ("forward_passes", "carried_state", "population")  # of an Update, saved with the optimizer's
-FACTOR_BYTES = 1 << 22  # of low-rank directions, held at once while they are summed
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
 SEPARATE = ("torch.optim.", "transformers.", "bitsandbytes.")
@@ -49,89 +33,11 @@ def check_optimizer(kind: str) -> None:
         raise ValueError(f"Optimizer {kind} cannot take a zero-order estimate: {REFUSED[kind]}. Try adamw_torch.")
 
 
-def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
-    """ĝ = 1/m Σᵢ cᵢ zᵢ for one parameter, in its shape and dtype, in one pass over the estimate's m used directions.
-
-    Summed in float32 at least, in an order that depends on m and the parameter's shape alone.
-    """
-    used = [
-        (d, c) for d, c in zip(estimate.directions, estimate.coefficients.tolist(), strict=True) if not math.isnan(c)
-    ]
-    directions, coefficients = zip(*used, strict=True)
-    if is_low_rank(estimate.distribution, name):
-        total = low_rank_sum(estimate.distribution, directions, coefficients, name, parameter)
-    elif len(directions) * parameter.numel() <= CHUNK:
-        total = small_sum(estimate.distribution, directions, coefficients, name, parameter)
-    else:
-        total = full_sum(estimate.distribution, directions, coefficients, name, parameter)
-    return total.div_(len(directions)).to(parameter.dtype).view_as(parameter)
-
-
-def full_sum(
-    kind: Kind, directions: Sequence[Direction], coefficients: Sequence[float], name: str, parameter: Tensor
-) -> Tensor:
-    """Σᵢ cᵢ zᵢ, flat: direction after direction, chunk by chunk."""
-    distribution = full(kind)
-    size, length = distribution.entries_per_block, distribution.packed_per_block
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    total = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    for a, b in spans(-(-parameter.numel() // size), blocks_held(distribution, len(directions))):
-        (packed,) = packed_noise(distribution, directions, [Blocks(name, a, b)], parameter.device)  # (m, …)
-        for first, last in spans(b - a, CHUNK // size):
-            part = total[(a + first) * size : (a + last) * size]
-            noise = torch.empty((last - first) * size, dtype=dtype, device=parameter.device)
-            for row, coefficient in zip(packed, coefficients, strict=True):
-                distribution.unpack_(noise, row[first * length : last * length], coefficient)
-                part += noise[: len(part)]
-    return total
-
-
-def small_sum(
-    kind: Kind, directions: Sequence[Direction], coefficients: Sequence[float], name: str, parameter: Tensor
-) -> Tensor:
-    """Σᵢ cᵢ zᵢ, flat, as one product: a parameter this small costs calls and not arithmetic."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    wanted = [(part, parameter.numel()) for part in parts_of(kind, name, parameter.shape)]
-    (rows,) = unpacked(full(kind), directions, wanted, parameter.device, dtype)  # (m, numel)
-    return torch.tensor(coefficients, dtype=dtype, device=parameter.device) @ rows
-
-
-def make_noise(estimate: Estimate, parameters: Parameters) -> None:
-    """Have the noise of small parameters made in one call; it is then kept for their gradients."""
-    directions = [d for d, c in zip(estimate.directions, estimate.coefficients.tolist(), strict=True) if c == c]
-    kind, distribution = estimate.distribution, full(estimate.distribution)
-    for device, here in by_device(parameters).items():
-        parts = [part for name, p in here.items() for part in parts_of(kind, name, p.shape)]
-        small = [part for part in parts if len(directions) * (part.stop - part.start) <= KEPT_BLOCKS]
-        held = accumulate(len(directions) * (part.stop - part.start) * BLOCK_BYTES for part in small)
-        together = [part for part, size in zip(small, held, strict=True) if size <= KEPT_BYTES // 2]
-        if len(together) > 1:
-            packed_noise(distribution, directions, together, device)
-
-
-def low_rank_sum(
-    kind: Kind, directions: Sequence[Direction], coefficients: Sequence[float], name: str, parameter: Tensor
-) -> Tensor:
-    """Σᵢ cᵢ Aᵢ Bᵢᵀ/√r, (R, C), as one product for every chunk of directions: their factors side by side."""
-    assert isinstance(kind, LowRank)
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    total = torch.zeros(
-        parameter.numel() // parameter.shape[-1], parameter.shape[-1], dtype=dtype, device=parameter.device
-    )
-    held = max(1, FACTOR_BYTES // factor_bytes(kind, parameter.shape))
-    for first, last in spans(len(directions), held):
-        a, b = kind.factors(directions[first:last], {name: parameter})[name]  # (G, R, r), (G, C, r)
-        scales = torch.tensor(coefficients[first:last], dtype=dtype, device=parameter.device)
-        left = (a.to(dtype) * scales[:, None, None]).transpose(0, 1).flatten(1)  # (R, G·r)
-        total.addmm_(left, b.to(dtype).mT.flatten(0, 1))  # (G·r, C)
-    return total
-
-
 class Update(torch.optim.Optimizer):
     """Runs an optimizer's step one parameter at a time, on the estimate that it holds.
 
     For each parameter: make ĝ, set `.grad`, step, drop it. Neighbouring small parameters share a call, so that ĝ
-    never takes more memory than the largest parameter. Everything else is the optimizer's own.
+    never takes more memory than the largest parameter, or 2 MiB. Everything else is the optimizer's own.
 
     Args:
         optimizer: any torch optimizer that works from `.grad`.
@@ -164,7 +70,7 @@ class Update(torch.optim.Optimizer):
 
     def clip_(self, max_norm: float) -> Tensor:
         """Norm of ĝ, a float64 scalar; the next step uses ĝ · min(1, max_norm / norm). Costs a pass over z."""
-        norms = [torch.linalg.vector_norm(self._gradient(name)).cpu().double() for name in self.parameters]
+        norms = [torch.linalg.vector_norm(g).cpu().double() for bucket in self._gradients() for g in bucket.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         self.clip = min(1.0, max_norm / (norm.item() + 1e-6))
         return norm
@@ -173,35 +79,22 @@ class Update(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss to return
         """Apply the held estimate and drop it."""
         assert closure is None, "An estimate is applied, and no loss evaluated again."
-        assert self.estimate is not None, "`hold` an estimate before `step`."
-        for bucket in self._buckets():
-            make_noise(self.estimate, {name: self.parameters[name] for name in bucket})
+        for bucket in self._gradients():
             for name in bucket:
-                self.parameters[name].grad = self._gradient(name)
+                self.parameters[name].grad = bucket[name] if self.clip == 1.0 else bucket[name].mul_(self.clip)
             self.optimizer.step()
             for name in bucket:
                 self.parameters[name].grad = None
         self.estimate = None
 
-    def _gradient(self, name: str) -> Tensor:
-        assert self.estimate is not None
-        full = gradient(self.estimate, name, self.parameters[name])
-        return full if self.clip == 1.0 else full.mul_(self.clip)
-
-    def _buckets(self) -> Iterator[list[str]]:
-        """Neighbouring parameters, together no larger than the largest one."""
-        numels = {name: p.numel() for name, p in self.parameters.items()}
+    def _gradients(self) -> Iterator[dict[str, Tensor]]:
+        """ĝ of neighbouring parameters, which together are no larger than the largest one, or small."""
+        assert self.estimate is not None, "`hold` an estimate before `step`."
+        numels = [p.numel() for p in self.parameters.values()]
         separate = f"{type(self.optimizer).__module__}.".startswith(SEPARATE)
-        room = max(numels.values()) if separate else sum(numels.values())
-        bucket: list[str] = []
-        filled = 0
-        for name, numel in numels.items():
-            if bucket and filled + numel > room:
-                yield bucket
-                bucket, filled = [], 0
-            bucket.append(name)
-            filled += numel
-        yield bucket
+        room = max(CHUNK, *numels) if separate else sum(numels)
+        for bucket in together(self.parameters, Tensor.numel, room):
+            yield gradients(self.estimate, bucket)
 
     # accelerate and the schedulers replace these lists and dicts, so they are looked up, never kept
     @property
