@@ -1,8 +1,10 @@
 """What every recurrent language model of this package keeps to, each against itself by another way."""
 
+import ast
 import copy
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from transformers import (
 from transformers import pipeline as make_pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from zoo_hf import models
 from zoo_hf.models.loss import causal_lm_loss
 
 
@@ -255,6 +258,27 @@ def test_generation_continues_from_a_given_state(name, use_cache, beams):
 
 
 @every_model
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_that_start_anew_do_so_once_when_they_generate(name, use_cache):
+    model, ids = small(name), tokens(3, 5)
+    state = model(tokens(3, 7)).state
+    arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    expected = model.generate(ids, **arguments)
+    starts = torch.ones(3, dtype=torch.bool)
+    assert torch.equal(model.generate(ids, state=state, starts=starts, **arguments), expected)
+
+
+@every_model
+def test_a_state_of_another_dtype_is_taken(name):
+    model, ids = small(name), tokens(2, 20)
+    state = model(tokens(2, 7)).state
+    expected = model(ids, state=state).logits
+    near(model(ids, state=state.double()).logits, expected)
+    near(model(ids, state=state.to(torch.bfloat16)).logits, model(ids, state=state.to(torch.bfloat16).float()).logits)
+    assert model.to(torch.bfloat16)(ids, state=state).logits.isfinite().all()
+
+
+@every_model
 def test_text_generation_pipeline(name):
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<unk>": 0, "a": 1, "b": 2, "c": 3}
@@ -429,3 +453,19 @@ def test_every_field_of_the_configuration_is_explained(name):
     assert {"vocab_size", "hidden_size", "chunk_length"} <= own
     for field in own:
         assert f"\n        {field} (`" in config.__doc__, f"{config.__name__} does not explain `{field}`"
+
+
+def relative_imports(path):
+    """Names of the modules beside a file that it imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+
+
+@pytest.mark.parametrize("path", [*Path(models.__file__).parent.glob("modeling_*.py")], ids=lambda path: path.name)
+def test_a_model_names_all_the_code_that_it_needs_elsewhere(path):
+    """transformers 5.6 copies the files that this one imports, and not what they import."""
+    needed, more = set(), relative_imports(path)
+    while more:
+        needed |= more
+        more = {name for found in more for name in relative_imports(path.with_name(f"{found}.py"))} - needed
+    assert relative_imports(path) == needed

@@ -89,3 +89,16 @@ def test_head_reads_the_average_of_the_embedding_and_all_layers():
 def test_bad_configurations_name_field_value_and_remedy(changes, message):
     with pytest.raises(ValueError, match=message):
         RNNConfig(**changes)
+
+
+def test_in_bfloat16_one_token_at_a_time_still_weighs_the_whole_past():
+    torch.manual_seed(0)
+    model = RNNForCausalLM(RNNConfig(cell_type="gru", pooling="attention", vocab_size=11)).eval().to(torch.bfloat16)
+    ids = torch.tensor([[3] * 300 + [7] * 300])
+    whole, state, outputs = model.model(ids).last_hidden_state.float(), None, []
+    for token in ids.unbind(1):
+        step = model.model(token[:, None], state=state)
+        outputs.append(step.last_hidden_state.float())
+        state = step.state
+    assert state.dtype == torch.float32
+    assert (torch.cat(outputs, dim=1) - whole).abs().max() < 0.05 * whole.abs().max()

@@ -268,6 +268,13 @@ def test_a_file_of_another_model_is_refused():
         RWKV7ForCausalLM.from_original(names)
 
 
+@pytest.mark.parametrize("weights", [{}, {"backbone.embeddings.weight": torch.zeros(3, 2)}])
+def test_weights_that_have_nothing_of_it_are_refused(weights):
+    for load in (RWKV7ForCausalLM.from_original, RWKV7ForCausalLM.from_fla):
+        with pytest.raises(ValueError, match=r"not those of an RWKV-7 model: (none at all|backbone\.embeddings)"):
+            load(weights)
+
+
 @pytest.fixture(scope="module")
 def answers():
     return load_file(FLA / "answers.safetensors")

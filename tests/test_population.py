@@ -5,14 +5,14 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch, texts, tiny_lstm, weights
+from conftest import Estimates, batch, texts, tiny_lstm, weights
 from peft import LoraConfig, get_peft_model
 from small_models import SMALL
 from test_trainer import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from zoo_hf import Direction, Member, probe
+from zoo_hf import Direction, Member, ZOOTrainer, probe
 from zoo_hf.low_rank import kind_of
 from zoo_hf.perturbation import probing_mode, seeded
 from zoo_hf.population import DisplacedMatrix, dense, probe_population
@@ -236,7 +236,7 @@ def test_auto_says_once_which_operation_failed_and_goes_on_serially(caplog):
         expected = probe(model, trained(model), MEMBERS, RADIUS)
     (record,) = caplog.records
     assert ".item()" in record.message
-    assert probes.members_per_forward == 1
+    assert probes.chosen == {0: 1}
     assert torch.equal(losses, expected)
     assert torch.equal(again, expected)
 
@@ -276,7 +276,7 @@ def test_a_population_that_does_not_fit_is_halved_until_it_does(caplog):
         probes, losses = of_probes("population", model, objective, members_per_forward=8)
         expected = probe(plain, trained(model), MEMBERS, RADIUS)
     assert sizes == [8, 4, 2, 2, 2, 2]
-    assert probes.members_per_forward == 2
+    assert probes.chosen == {0: 2}
     assert ["20.00 GiB" in record.message for record in caplog.records] == [True, True]
     near(coefficients(losses), coefficients(expected))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -289,7 +289,7 @@ def test_training_with_a_population_ends_near_the_weights_of_serial_training(tra
         run = trainer(tiny_llama(), texts(8), probes=probes, distribution=distribution, max_steps=4)
         before = weights(run.model)
         run.train()
-        assert run._probes.members_per_forward == (1 if probes == "serial" else 8)
+        assert set(run._probes.chosen.values()) == {1 if probes == "serial" else 8}
         ends[probes] = torch.cat([(p.detach() - before[name]).flatten() for name, p in run.model.named_parameters()])
     difference = (ends["population"] - ends["serial"]).norm() / ends["serial"].norm()
     assert 0 < difference < 0.01, "and not by the same way"
@@ -299,15 +299,16 @@ def test_the_choice_is_kept_by_a_checkpoint_and_taken_up_when_resumed(trainer, t
     arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "probes": "auto", "num_directions": 4}
     whole = trainer(tiny_llama(), texts(16), **arguments)
     whole.train()
-    assert whole._probes.members_per_forward == 8
-    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")["zoo"]
-    assert (saved["population"], saved["members_per_forward"]) == (8, None)
-    saved_state = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")
-    saved_state["zoo"]["population"] = 3  # as another rule, or more memory pressure, may have had it
-    torch.save(saved_state, tmp_path / "checkpoint-2" / "optimizer.pt")
+    numbers = 2 * 4 * 8  # ids and labels of four texts of eight tokens
+    assert whole._probes.chosen == {numbers: 8}
+    path = tmp_path / "checkpoint-2" / "optimizer.pt"
+    saved = torch.load(path)
+    assert saved["zoo"]["population"] == {numbers: 8}
+    saved["zoo"]["population"] = {numbers: 3}  # as another version's rule might have had it
+    torch.save(saved, path)
     resumed = trainer(tiny_llama(), texts(16), **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed._probes.members_per_forward == 3
+    assert resumed._probes.chosen == {numbers: 3}
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_auto_takes_a_population_where_overhead_outweighs_arithmetic(make, count
     model = make().eval()
     with torch.inference_mode():
         probes, _ = of_probes("auto", model, loss_of(model), MEMBERS[:count])
-    assert probes.members_per_forward == chosen
+    assert probes.chosen == {0: chosen}
 
 
 def test_a_population_is_no_larger_than_what_may_be_added_to_memory(monkeypatch):
@@ -334,5 +335,88 @@ def test_a_population_is_no_larger_than_what_may_be_added_to_memory(monkeypatch)
         monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
         with torch.inference_mode():
             probes, _ = of_probes("auto", model, loss_of(model))
-        assert probes.members_per_forward <= most
-    assert batch(texts(2))["input_ids"].shape == (2, 8)
+        assert probes.chosen[0] <= most
+
+
+def test_a_larger_batch_gets_a_population_of_its_own(trainer, monkeypatch):
+    monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", 1_000_000)
+    model = tiny_llama()
+    run = trainer(model, texts(4), probes="auto")
+    for rows in (1, 32):
+        inputs = batch(texts(rows, 16))
+        run.training_step(model, inputs, torch.tensor(15 * rows))
+        run.optimizer.step()
+    few, many = run._probes.chosen.values()
+    assert few == 8 > many
+
+
+def test_ranks_choose_by_all_members_and_not_by_their_share():
+    model = tiny_llama().eval()
+    choices = []
+    for share in (MEMBERS, MEMBERS[:2]):
+        probes = Probes("auto")
+        with torch.inference_mode():
+            how = {"model": model, "distribution": "rademacher", "of": (len(MEMBERS), 54)}
+            probes.losses(loss_of(model), trained(model), share, RADIUS, **how)
+        choices.append(probes.chosen)
+    assert choices[0] == choices[1] == {54: 8}
+
+
+class Stateful(nn.Module):
+    """A model that keeps a running mean of what it sees, as a buffer and in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.register_buffer("seen", torch.zeros(()))
+        self.last = torch.zeros(())
+
+    def forward(self, input_ids, labels):
+        hidden = self.embedding(input_ids)
+        self.seen, self.last = 0.9 * self.seen + hidden.detach().mean(), hidden.detach().mean()
+        return {"loss": F.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())}
+
+
+def test_a_model_that_keeps_what_it_sees_is_probed_serially(trainer, caplog):
+    examples = [{"input_ids": row["input_ids"] % 11, "labels": row["labels"] % 11} for row in texts(8)]
+    run = trainer(Stateful(), examples, probes="auto")
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"):
+        run.train()
+    (record,) = (record for record in caplog.records if record.name == "zoo_hf.probes")
+    assert "a forward pass sets last, seen in the model" in record.message
+    assert run.model.seen.shape == run.model.last.shape == ()
+    assert float(run.model.seen) != 0
+
+
+class Recording(ZOOTrainer):
+    """Its own `compute_loss` keeps the losses that it sees."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.losses = [*vars(self).get("losses", []), loss.detach()]
+        return loss
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["compute_loss", "hook"])
+def test_those_who_see_every_probe_see_one_member_at_a_time_unless_asked(config, hooked):
+    seen = []
+    run = (ZOOTrainer if hooked else Recording)(tiny_llama(), config(probes="auto"), train_dataset=texts(8))
+    if hooked:
+        run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    run.train()
+    losses = seen if hooked else run.losses
+    assert len(losses) == 2 * 8, "two steps of eight members"
+    assert torch.stack(losses).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "low_rank"])
+def test_attention_of_a_population_under_autocast(trainer, kind):
+    ends = {}
+    for probes in ("serial", "population"):
+        run = trainer(tiny_llama(), texts(8), probes=probes, bf16=True, distribution=kind, smoothing_radius=0.05)
+        estimates = Estimates()
+        run.add_callback(estimates)
+        run.train()
+        ends[probes] = torch.cat([estimate.coefficients for estimate in estimates.seen])
+    assert torch.corrcoef(torch.stack(list(ends.values())))[0, 1] > 0.95

@@ -271,8 +271,10 @@ def _distribution(args: Any) -> str:
 
 def _members(trainer: Any) -> str:
     """How they were evaluated."""
-    size = trainer.update.population if trainer.update else None
-    return f"{size} in a forward pass" if size and size > 1 else "one at a time"
+    sizes = sorted(set(trainer.update.population.values())) if trainer.update else []
+    if not sizes or sizes[-1] == 1:
+        return "one at a time"
+    return f"{'–'.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} in a forward pass"
 
 
 def _schedule(trainer: Any) -> str:

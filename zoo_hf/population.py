@@ -7,7 +7,8 @@ making the members' matrices.
 Letters: P members, d weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from .low_rank import Kind, LowRank, full, is_low_rank
 from .noise import Blocks, Direction, Distribution, unpacked
@@ -65,8 +67,41 @@ def evaluate(objective: Objective, model: nn.Module, parameters: Parameters, wei
         return scalar(functional_call(within, named, ()))
 
     # torch's attention kernel for a CPU has no rule for vmap: it would run member by member
-    with sdpa_kernel(SDPBackend.MATH):
+    with unchanged(model), OneDtype(), sdpa_kernel(SDPBackend.MATH):
         return vmap(loss, randomness="same")(weights)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back tensors that a forward pass sets in the model's modules: they would be all members', and dead.
+
+    Raises:
+        RuntimeError: after the block, when it did set some: such a model is no function of its weights and its inputs.
+    """
+    before = [(module, vars(module) | module._buffers) for module in model.modules()]
+    changed = set()
+    try:
+        yield
+    finally:
+        for module, own in before:
+            for place in (vars(module), module._buffers):
+                for name in [n for n, value in place.items() if isinstance(value, Tensor) and own.get(n) is not value]:
+                    changed.add(name)
+                    place[name] = own.get(name)
+    if changed:
+        raise RuntimeError(f"a forward pass sets {', '.join(sorted(changed))} in the model")
+
+
+class OneDtype(TorchFunctionMode):
+    """Attention gets queries, keys and values of one dtype, as autocast would see to if it saw it under vmap."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, *others = args[:3]
+            dtype = torch.get_autocast_dtype(query.device.type)
+            dtype = dtype if torch.is_autocast_enabled(query.device.type) else query.dtype
+            args = (*(tensor.to(dtype) for tensor in (query, *others)), *args[3:])
+        return func(*args, **(kwargs or {}))
 
 
 class Within(nn.Module):

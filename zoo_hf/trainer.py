@@ -136,8 +136,9 @@ class ZOOTrainerMixin(Base):
                 args.smoothing_radius,
                 model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
                 distribution=self._kind(),
+                of=(len(members), numbers_in(inputs)),
             )
-            self.update.population = self._probes.members_per_forward
+            self.update.population = self._probes.chosen
             if args.carry_state:
                 self.update.carried_state = state_after(self, model, inputs)
         # divided here and not in the objective: in float64
@@ -160,10 +161,9 @@ class ZOOTrainerMixin(Base):
         if self.update is None:  # outside of `train`
             self.create_optimizer()
         if self._probes is None:  # after a checkpoint was loaded, if there is one
-            kept = self.update.population if self.args.probes == "auto" else None
-            # compiled code is fast for one member, and would be compiled anew for a population
-            choice = "serial" if self.args.torch_compile and self.args.probes == "auto" else self.args.probes
-            self._probes = Probes(choice, self.args.members_per_forward or kept)
+            choice = "serial" if self.args.probes == "auto" and not may_be_a_population(self) else self.args.probes
+            kept = self.update.population if choice == "auto" else {}
+            self._probes = Probes(choice, self.args.members_per_forward, kept)
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
@@ -262,6 +262,20 @@ def objective_of(
         return loss
 
     return objective
+
+
+def may_be_a_population(trainer: Any) -> bool:
+    """Whether nobody minds that a forward pass is of many members, who did not ask for it.
+
+    A trainer's own `compute_loss`, and hooks, may keep what they see; compiled code would be compiled anew.
+    """
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+    return type(trainer).compute_loss is Trainer.compute_loss and not hooks and not trainer.args.torch_compile
+
+
+def numbers_in(inputs: dict[str, Any]) -> int:
+    """Entries of all tensors of a batch: what its forward pass takes grows with them."""
+    return sum(value.numel() for value in inputs.values() if isinstance(value, Tensor))
 
 
 def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:

@@ -60,7 +60,7 @@ class Update(torch.optim.Optimizer):
         self.forward_passes = 0  # of the whole run, saved with the optimizer as are the settings it was made with
         self.settings: dict[str, Any] = {}
         self.carried_state: Tensor | None = None  # of a recurrent model, from batch to batch, and saved as well
-        self.population: int | None = None  # members a forward pass, as chosen at the first step, and saved as well
+        self.population: dict[int, int] = {}  # numbers in a batch → members a forward pass, as chosen; saved as well
         self.estimate: Estimate | None = None
         self.clip = 1.0
 

@@ -75,7 +75,14 @@ def our_name(name: str) -> str:
 
 
 def sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of the configuration that weights under our names tell."""
+    """The fields of the configuration that weights under our names tell.
+
+    Raises:
+        ValueError: they are not those of an RWKV-7 model.
+    """
+    if not {"model.embeddings.weight", "model.layers.0.attn.r_k"} <= weights.keys():
+        some = ", ".join(sorted(weights)[:3]) or "none at all"
+        raise ValueError(f"The weights are not those of an RWKV-7 model: {some}; take a file that has them all.")
     vocab_size, hidden_size = weights["model.embeddings.weight"].shape
     last = max(int(name.split(".")[2]) for name in weights if name.startswith("model.layers."))
     attention = f"model.layers.{last}.attn."

@@ -28,6 +28,7 @@ from .slstm import SLSTM
 from .heads import merge_heads  # noqa: F401
 from .loss import summed_loss  # noqa: F401
 from .padding import real_tokens  # noqa: F401
+from .recurrent_product import recurrent_product  # noqa: F401
 
 
 CELLS: dict[str, type[RecurrentLayer]] = {"lstm": LSTM, "gru": GRU, "slstm": SLSTM, "elman": Elman}
@@ -77,7 +78,7 @@ class RNNModel(RecurrentModel, RNNPreTrainedModel):
         return Residual(layer, config.hidden_size, config.intermediate_size) if config.residual else layer
 
     def initial_state(self, embeddings: Tensor) -> Tensor:
-        """The state before the first token, of the embeddings' dtype and device: the layers', then the pooling's."""
+        """The layers' state before the first token, then the pooling's, of the embeddings' dtype or a wider one."""
         state = self._initial_layers(embeddings)
         if self.pooling is None:
             return state
@@ -87,10 +88,14 @@ class RNNModel(RecurrentModel, RNNPreTrainedModel):
         """(B, L, S, H), learned, or zeros."""
         batch, config = len(embeddings), self.config
         if self.learned_state is None:
-            return embeddings.new_zeros(batch, config.num_layers, self.cell.slots, config.hidden_size)
-        learned = self.learned_state.to(embeddings.dtype)  # (L, learnable slots, H)
+            shape = batch, config.num_layers, self.cell.slots, config.hidden_size
+            return embeddings.new_zeros(shape, dtype=self._state_dtype(embeddings))
+        learned = self.learned_state.to(self._state_dtype(embeddings))  # (L, learnable slots, H)
         others = [torch.full_like(learned[:, :1], value) for value in self.cell.other_slots]
         return torch.cat([learned, *others], dim=1).expand(batch, -1, -1, -1)
+
+    def _state_dtype(self, embeddings: Tensor) -> torch.dtype:
+        return torch.promote_types(embeddings.dtype, torch.float32) if self.cell.exact_state else embeddings.dtype
 
     def run(self, embeddings: Tensor, state: Tensor, real: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Outputs of the embedding, of every layer and of the pooling, (B, T, ·) each, and the state after them."""
@@ -98,7 +103,7 @@ class RNNModel(RecurrentModel, RNNPreTrainedModel):
             return self._run_layers(embeddings, state, real)
         size = self.pooling.state_size
         layers, pooled = state[:, :-size].unflatten(1, (len(self.layers), self.cell.slots, -1)), state[:, -size:]
-        hidden_states, layers = self._run_layers(embeddings, layers, real)
+        hidden_states, layers = self._run_layers(embeddings, layers.to(self._state_dtype(embeddings)), real)
         average, pooled = self.pooling(torch.cat(hidden_states, dim=-1), pooled, real)
         return [*hidden_states, average], torch.cat([layers.flatten(1), pooled], dim=1)
 

@@ -12,6 +12,7 @@ References:
     Bo Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution", 2025, arXiv:2503.14456.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_rwkv7 import RWKV7Config
@@ -291,7 +292,10 @@ class RWKV7ForCausalLM(RecurrentForCausalLM, RWKV7PreTrainedModel):
         if isinstance(source, Mapping):
             weights = from_fla(source)
             return cls._from_weights(weights, RWKV7Config(**sizes(weights), key_eps=1e-6), options)
-        return cls._from_weights(from_fla(read_weights(source)), RWKV7Config.from_pretrained(source), options)
+        model = cls._from_weights(from_fla(read_weights(source)), RWKV7Config.from_pretrained(source), options)
+        with contextlib.suppress(OSError):  # many models come without
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        return model
 
     @classmethod
     def from_original(cls, source: str | Path | Mapping[str, Tensor], **options: Any) -> "RWKV7ForCausalLM":

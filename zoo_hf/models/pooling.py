@@ -42,9 +42,13 @@ class AttentionPooling(nn.Module):
         nn.init.zeros_(self.score_weight)
 
     def initial_state(self, inputs: Tensor) -> Tensor:
-        """(B, W + 1) before any token: y = 0, and an ℓ that weighs nothing beside a token and stays finite."""
-        total = inputs.new_full((len(inputs), 1), torch.finfo(inputs.dtype).min / 2)
-        return torch.cat([inputs.new_zeros(len(inputs), self.state_size - 1), total], dim=1)
+        """(B, W + 1) before any token: y = 0, and an ℓ that weighs nothing beside a token and stays finite.
+
+        In float32 at least: in bfloat16 ℓ would stop growing after 64 tokens.
+        """
+        state = inputs.new_zeros(len(inputs), self.state_size, dtype=exact(inputs))
+        state[:, -1] = torch.finfo(state.dtype).min / 2
+        return state
 
     def forward(self, inputs: Tensor, state: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Averages and final state, see `pooling_scan`."""
@@ -69,35 +73,39 @@ def pooling_scan(
         decay: d, in nats a token.
         real: (B, T) booleans, where False holds the state; None if all tokens are real.
     """
-    average, total = state[:, :-1], state[:, -1:]  # (B, W), (B, 1)
+    dtype = exact(inputs)
+    average, total = state[:, :-1].to(dtype), state[:, -1:].to(dtype)  # (B, W), (B, 1)
     outputs = []
     for t in range(inputs.shape[1]):
-        score = inputs[:, t] @ score_weight[:, None]  # (B, 1)
+        score = (inputs[:, t] @ score_weight[:, None]).to(dtype)  # (B, 1)
         new_total = torch.logaddexp(total - decay, score)
         new_average = (total - decay - new_total).exp() * average + (score - new_total).exp() * inputs[:, t]
         keep = torch.ones_like(score, dtype=torch.bool) if real is None else real[:, t, None]  # (B, 1)
         average, total = torch.where(keep, new_average, average), torch.where(keep, new_total, total)
         outputs.append(average)
-    return torch.stack(outputs, dim=1), torch.cat([average, total], dim=1)
+    return torch.stack(outputs, dim=1).to(inputs.dtype), torch.cat([average, total], dim=1)
+
+
+def exact(inputs: Tensor) -> torch.dtype:
+    """What scores and sums are kept in: in bfloat16 a score near 60 moves in steps of 0.25."""
+    return torch.promote_types(inputs.dtype, torch.float32)
 
 
 def pooling_block(
     inputs: Tensor, state: Tensor, score_weight: Tensor, decay: float, *, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`pooling_scan` by one causal softmax over the tokens of a block, the state as a token in front of them."""
-    length = inputs.shape[1]
-    # in bfloat16 a score near 60 moves in steps of 0.25
-    exact = torch.promote_types(inputs.dtype, torch.float32)
-    scores = (inputs @ score_weight[:, None]).squeeze(-1).to(exact)  # (B, T)
+    length, dtype = inputs.shape[1], exact(inputs)
+    scores = (inputs @ score_weight[:, None]).squeeze(-1).to(dtype)  # (B, T)
     if real is None:
         age = torch.arange(1, length + 1, device=inputs.device).expand_as(scores)
     else:
         scores, age = scores.masked_fill(~real, -torch.inf), real.cumsum(1)  # padding does not age the past
-    scores = torch.cat([state[:, -1:].to(exact), scores], dim=1)  # (B, 1 + T)
+    scores = torch.cat([state[:, -1:].to(dtype), scores], dim=1)  # (B, 1 + T)
     later = age[:, :, None] - F.pad(age, (1, 0))[:, None]  # (B, T, 1 + T), real tokens from the second to the first
     future = torch.ones(length, length + 1, dtype=torch.bool, device=inputs.device).triu(2)
-    scores = (scores[:, None] - decay * later.to(exact)).masked_fill(future, -torch.inf)  # (B, T, 1 + T)
-    values = torch.cat([state[:, None, :-1].to(inputs.dtype), inputs], dim=1)  # (B, 1 + T, W)
-    averages = scores.softmax(dim=-1).to(inputs.dtype) @ values  # (B, T, W)
+    scores = (scores[:, None] - decay * later.to(dtype)).masked_fill(future, -torch.inf)  # (B, T, 1 + T)
+    values = torch.cat([state[:, None, :-1].to(dtype), inputs.to(dtype)], dim=1)  # (B, 1 + T, W)
+    averages = scores.softmax(dim=-1) @ values  # (B, T, W)
     total = scores[:, -1].logsumexp(dim=-1, keepdim=True)  # (B, 1)
-    return averages, torch.cat([averages[:, -1], total.to(averages.dtype)], dim=1)
+    return averages.to(inputs.dtype), torch.cat([averages[:, -1].to(dtype), total], dim=1)

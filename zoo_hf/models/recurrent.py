@@ -76,18 +76,19 @@ class RecurrentModel(PreTrainedModel):
     ) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
         """(positions, hidden states, state after them), chunk after chunk; `tokens` are ids or embeddings.
 
-        A masked position's output is that of the real token before it, from which a right-padded text is continued.
+        A masked position's output is that of the real token before it in this call, from which a right-padded text is
+        continued.
         """
         if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
             shapes = f"{tuple(attention_mask.shape)} for tokens {tuple(tokens.shape[:2])}"
             raise ValueError(f"`attention_mask` must have the shape of the tokens, got {shapes}; leave out the past.")
         length, last = self.config.chunk_length, None
-        for start in range(0, max(1, tokens.shape[1]), length):
+        for start in range(0, tokens.shape[1], length):
             part = slice(start, start + length)
             embeddings = tokens[:, part]
             if embeddings.dim() == 2:
                 embeddings = self.get_input_embeddings()(embeddings)
-            state = self._start(state, starts if start == 0 else None, embeddings)
+            state = self._start(state, starts, embeddings) if start == 0 or state is None else state
             real = None if attention_mask is None else real_tokens(attention_mask[:, part])
             hidden_states, state = self.run(embeddings, state, real)
             if real is not None:
@@ -98,10 +99,12 @@ class RecurrentModel(PreTrainedModel):
     def _start(self, state: Tensor | None, starts: Tensor | None, embeddings: Tensor) -> Tensor:
         if state is None:
             return self.initial_state(embeddings)
+        initial = self.initial_state(embeddings)
+        state = state.to(initial.dtype)  # that of another model, or of autocast, may be rounded
         if starts is None:
             return state
         first = starts.bool().view(-1, *[1] * (state.dim() - 1))  # (B, 1, …)
-        return torch.where(first, self.initial_state(embeddings), state)
+        return torch.where(first, initial, state)
 
     @can_return_tuple
     def forward(
@@ -171,8 +174,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> RecurrentCausalLMOutput:
         """Scores of the next token at every position, the loss if `labels` are given, and the state.
 
-        With `labels`, more than `config.chunk_length` tokens are scored chunk by chunk, and no logits are returned:
-        memory does not grow with the length, except for what autograd keeps.
+        With `labels`, more than `config.chunk_length` tokens are scored chunk by chunk, and neither logits nor hidden
+        states are returned: memory does not grow with the length, except for what autograd keeps.
 
         Args:
             labels: (B, T), usually `input_ids` with −100 where no prediction counts; shifted here, not by the caller.
@@ -234,6 +237,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next forward pass: everything at first, then the one token that the state has not seen."""
+        if not is_first_iteration and use_cache is not False:
+            kwargs.pop("starts", None)  # rows that start anew do so once
         inputs = {"state": state, "use_cache": use_cache, **kwargs}
         if is_first_iteration and inputs_embeds is not None:
             return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **inputs}
@@ -258,4 +263,7 @@ def given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     """Token ids (B, T) or embeddings (B, T, E), whichever is there."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("One of `input_ids` and `inputs_embeds` is needed, got both or neither; pass one.")
-    return input_ids if inputs_embeds is None else inputs_embeds  # type: ignore[return-value]  # not both are None
+    tokens = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+    if not tokens.shape[1]:
+        raise ValueError(f"At least one token is needed, got {tuple(tokens.shape)}; begin with a start token.")
+    return tokens

@@ -36,6 +36,7 @@ class RecurrentLayer(nn.Module):
     slots: int  # S, of which the first is h, the output
     learnable_slots: int  # the first of them, whose values before the first token may be parameters
     matrices = ("input_weight", "recurrent_weight")  # for low-rank directions
+    exact_state = False  # whether it is float32 at least, whatever the dtype of the weights
     other_slots: tuple[float, ...] = ()  # what the others hold before the first token then; without parameters 0
 
     input_weight: nn.Parameter

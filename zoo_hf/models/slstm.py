@@ -32,6 +32,7 @@ class SLSTM(RecurrentLayer):
     gates = 4
     slots = 4
     learnable_slots = 2
+    exact_state = True  # bfloat16 would stop counting at n = 256
     other_slots = (1.0, 0.0)  # n = 1, m = 0: a learned c counts as one token whose input gate was exp(0)
 
     def forward(self, inputs: Tensor, state: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,6 @@ def slstm_scan(
     gates, heads = weights.recurrent.shape[:2]
     pre = split_heads(F.linear(inputs, weights.input, weights.bias), gates, heads)  # (T, N, B, 4D)
     product = recurrent_product(inputs, weights.recurrent)
-    # bfloat16 would stop counting at n = 256
     state = state.to(torch.promote_types(pre.dtype, torch.float32))
     h, c, n, m = split_state(state, heads)  # (N, B, D) each
     m = m.masked_fill(n == 0, -torch.inf)  # so that the first token's m is its own i
