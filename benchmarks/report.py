@@ -14,7 +14,9 @@ import matplotlib.pyplot as plt  # after the backend is chosen
 from zoo_hf.cards import hardware, versions
 
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def table(rows: list[dict]) -> str:
@@ -32,7 +34,10 @@ def shown(value: object) -> str:
 
 
 def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dict]], None]) -> None:
-    """Write `<name>.json` and `<name>.png`; a GPU's results get its name, so that they stand beside the CPU's."""
+    """Write `<name>.json` and `<name>.png`, and the table into every page that has a place for it.
+
+    A GPU's results get its name, so that they stand beside the CPU's.
+    """
     RESULTS.mkdir(exist_ok=True)
     stem = name + ("_" + torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "")
     about = {"device": hardware()} | versions()
@@ -42,4 +47,16 @@ def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dic
     axes.set_title(f"{about['device']}, torch {about['torch']}", fontsize=9)
     axes.grid(alpha=0.3)
     figure.savefig(RESULTS / f"{stem}.png", dpi=150)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(with_table(text, stem, table(rows)), encoding="utf-8")
     print(f"written: {RESULTS / stem}.json, .png")
+
+
+def with_table(page: str, name: str, shown: str) -> str:
+    """The page with a table between the marks that bear its name, if it has them."""
+    before, after = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    if before not in page:
+        return page
+    head, _, rest = page.partition(before)
+    return f"{head}{before}{shown}{after}{rest.partition(after)[2]}"
