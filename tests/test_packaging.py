@@ -3,6 +3,7 @@
 import ast
 import configparser
 import datetime
+import json
 import re
 import subprocess
 import sys
@@ -203,6 +204,18 @@ def test_what_a_page_links_to_and_runs_exists(page):
         assert link[1:] in headings if link.startswith("#") else (page.parent / link).exists(), link
     for script in re.findall(r"\b(?:benchmarks|examples)/[\w/]+\.\w+", text):
         assert (ROOT / script).exists(), script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_tables_of_a_page_are_those_of_the_results(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from report import RESULTS, table, with_table
+
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"<!-- (\w+) -->", text):
+        if (RESULTS / f"{name}.json").exists():
+            rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+            assert with_table(text, name, table(rows)) == text, name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs bash")

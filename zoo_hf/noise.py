@@ -240,21 +240,20 @@ def entries(
 def packed_noise(
     distribution: Distribution, directions: Sequence[Direction], parts: Sequence[Blocks], device: torch.device
 ) -> list[Tensor]:
-    """`distribution.pack(…)` of every part, (G, …) each, from one call; the small ones are kept for the update."""
-    keys = [(distribution, tuple(directions), part, device) for part in parts]
-    missing = [part for part, key in zip(parts, keys, strict=True) if key not in _kept]
-    made = {}
+    """`distribution.pack(…)` of every part, (G, …) each; small ones are made in one call and kept for the update."""
+    keys = {part: (distribution, tuple(directions), part, device) for part in parts}
+    small = [part for part in parts if len(directions) * (part.stop - part.start) <= KEPT_BLOCKS]
+    missing = [part for part in small if keys[part] not in _kept]
+    found = {part: _kept[keys[part]] for part in small if keys[part] in _kept}
     if missing:
         lengths = [(part.stop - part.start) * distribution.packed_per_block for part in missing]
-        made = dict(zip(missing, distribution.pack(directions, missing, device).split(lengths, dim=1), strict=True))
-    found = [made[part] if part in made else _kept[key] for part, key in zip(parts, keys, strict=True)]
-    for part, key in zip(parts, keys, strict=True):
-        if part in made and len(directions) * (part.stop - part.start) <= KEPT_BLOCKS:
-            _kept[key] = made[part].clone()  # not a view of all that was made with it
+        found |= zip(missing, distribution.pack(directions, missing, device).split(lengths, dim=1), strict=True)
+    for part in missing:
+        _kept[keys[part]] = found[part].clone()  # not a view of all that was made with it
     held = sum(tensor.nbytes for tensor in _kept.values())
     while held > KEPT_BYTES:
         held -= _kept.pop(next(iter(_kept))).nbytes  # the oldest
-    return found
+    return [found[part] if part in found else distribution.pack(directions, [part], device) for part in parts]
 
 
 _kept: dict[Any, Tensor] = {}

@@ -20,6 +20,7 @@ from .population import evaluate, member_weights, probe_population
 
 logger = logging.getLogger(__name__)
 
+LARGE = 3e9  # weights times numbers in a batch: 50 ms of arithmetic on two cores, beside which all else is little
 ADDED_BYTES = 64_000_000  # that a population may add to the memory of inference, or the weights' size if that is more
 
 
@@ -60,7 +61,11 @@ class Probes:
         total, size = max(of[0], len(members)), of[1]
         try:
             if size not in self.chosen:
-                self.chosen[size] = self._choose(*arguments, model=model, kind=distribution, total=total)
+                large = size * sum(p.numel() for p in parameters.values()) > LARGE
+                serial = self.choice == "serial" or len(members) < 2 or (large and self.choice == "auto")
+                self.chosen[size] = (
+                    1 if serial else self._choose(*arguments, model=model, kind=distribution, total=total)
+                )
             if self.chosen[size] > 1:
                 return self._population(*arguments, model=model, kind=distribution, size=size)
         except Exception as error:
@@ -86,8 +91,6 @@ class Probes:
     ) -> int:
         """Members a forward pass, 1 where one at a time is faster: from shapes alone, so always the same."""
         asked = self.choice == "population"
-        if self.choice == "serial" or len(members) < 2:
-            return 1
         if asked and self.members_per_forward:
             return self.members_per_forward
         device = next(iter(parameters.values())).device.type

@@ -216,7 +216,7 @@ class ZOOTrainer(ZOOTrainerMixin, Trainer):
 
     A step evaluates the loss at displaced weights, makes ĝ = 1/n Σᵢ cᵢ zᵢ from the losses, and gives ĝ to the
     optimizer in place of a gradient. Memory is that of inference, plus one copy of the weights and the optimizer's
-    own state.
+    own state; a small model whose members are evaluated together may take max(weights, 64 MB) instead of the copy.
 
     References:
         Chaubard, Kochenderfer: Scaling Recurrent Neural Networks to a Billion Parameters with Zero-Order Optimization.

@@ -85,6 +85,7 @@ class Update(torch.optim.Optimizer):
             self.optimizer.step()
             for name in bucket:
                 self.parameters[name].grad = None
+            bucket.clear()  # before the next are made
         self.estimate = None
 
     def _gradients(self) -> Iterator[dict[str, Tensor]]:
