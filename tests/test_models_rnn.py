@@ -12,7 +12,7 @@ from zoo_hf.models import RNNConfig, RNNForCausalLM, configuration_rnn, initiali
 from zoo_hf.models.configuration_rnn import CELL_TYPES, PRESETS
 from zoo_hf.models.elman import Elman, elman, elman_fused, elman_scan
 from zoo_hf.models.gru import GRU, GRUWeights, gru, gru_fused, gru_scan
-from zoo_hf.models.lstm import LSTM, TOKENS_FOR_KERNELS, lstm, lstm_fused, lstm_scan
+from zoo_hf.models.lstm import LSTM, TOKENS_FOR_KERNELS, TOKENS_TO_PACK, lstm, lstm_fused, lstm_scan
 from zoo_hf.models.modeling_rnn import CELLS
 from zoo_hf.models.recurrent_layer import LayerWeights
 from zoo_hf.models.recurrent_product import packing_pays
@@ -114,12 +114,20 @@ def test_fused_kernel_equals_plain_scan_and_so_do_its_gradients(cell, pack, fuse
         torch.testing.assert_close(ours, theirs, atol=50 * TOLERANCE[dtype], rtol=1e-5)
 
 
-def test_many_heads_take_torchs_kernel_only_where_it_pays(monkeypatch):
-    weights = LayerWeights(*LSTM(5, 8, 4).parameters())
+@pytest.mark.parametrize(
+    ("heads", "rows", "length", "path"),
+    [
+        (4, 2, TOKENS_FOR_KERNELS // 2, "fused"),
+        (4, 2, 1, "scan"),
+        (1, 2, TOKENS_TO_PACK, "fused"),
+        (1, 300, 1, "scan"),
+    ],
+)
+def test_torchs_kernel_is_taken_only_where_it_pays(monkeypatch, heads, rows, length, path):
+    weights = LayerWeights(*LSTM(5, 8, heads).parameters())
     monkeypatch.setattr("zoo_hf.models.lstm.lstm_fused", lambda *arguments: "fused")
     monkeypatch.setattr("zoo_hf.models.lstm.lstm_scan", lambda *arguments: "scan")
-    for length, path in ((TOKENS_FOR_KERNELS // 2, "fused"), (1, "scan")):
-        assert lstm(torch.randn(2, length, 5), torch.zeros(2, 2, 8), weights) == path
+    assert lstm(torch.randn(rows, length, 5), torch.zeros(rows, 2, 8), weights) == path
 
 
 @pytest.mark.parametrize(

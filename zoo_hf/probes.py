@@ -20,6 +20,7 @@ from .population import evaluate, member_weights, probe_population
 
 logger = logging.getLogger(__name__)
 
+FEW = 8  # members of a step, with which a population does not make up for its own beginning
 LARGE = 3e9  # weights times numbers in a batch: 50 ms of arithmetic on two cores, beside which all else is little
 ADDED_BYTES = 64_000_000  # that a population may add to the memory of inference, or the weights' size if that is more
 
@@ -62,7 +63,8 @@ class Probes:
         try:
             if size not in self.chosen:
                 large = size * sum(p.numel() for p in parameters.values()) > LARGE
-                serial = self.choice == "serial" or len(members) < 2 or (large and self.choice == "auto")
+                little = large or total < FEW
+                serial = self.choice == "serial" or len(members) < 2 or (little and self.choice == "auto")
                 self.chosen[size] = (
                     1 if serial else self._choose(*arguments, model=model, kind=distribution, total=total)
                 )

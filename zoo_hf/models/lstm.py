@@ -20,7 +20,9 @@ from .padding import put_back, to_front
 from .recurrent_layer import LayerWeights, RecurrentLayer
 
 
-TOKENS_FOR_KERNELS = 256  # fewer do not pay for a call a head; measured on a CPU for 2 to 64 heads
+# measured on a CPU
+TOKENS_FOR_KERNELS = 256  # in a batch: fewer do not pay for a call a head, for 2 to 64 heads
+TOKENS_TO_PACK = 3  # of a text: for fewer, oneDNN's laying out of R anew takes longer than reading it
 SATURATED = 1e4  # σ(±SATURATED) is 1 and 0 in every floating dtype
 
 
@@ -38,8 +40,9 @@ class LSTM(RecurrentLayer):
 
 def lstm(inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`lstm_scan` by the fastest way there is: torch's kernel, on a CPU a head at a time, or else the scan."""
-    one_head = weights.recurrent.shape[1] == 1
-    pays = one_head or (inputs.device.type == "cpu" and inputs.shape[:2].numel() >= TOKENS_FOR_KERNELS)
+    one_head, on_cpu, tokens = weights.recurrent.shape[1] == 1, inputs.device.type == "cpu", inputs.shape[:2]
+    many = tokens.numel() >= TOKENS_FOR_KERNELS if not one_head else tokens[1] >= TOKENS_TO_PACK
+    pays = many if on_cpu else one_head
     if pays and not torch._C._are_functorch_transforms_active():  # the kernel has no rule for torch.func.vmap
         return lstm_fused(inputs, state, weights, real)
     return lstm_scan(inputs, state, weights, real)
