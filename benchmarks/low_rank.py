@@ -1,6 +1,6 @@
 """Low-rank directions beside full ones: the loss on held-out text after as many forward passes, with n directions.
 
-    python benchmarks/low_rank.py                    # 40 minutes on two cores
+    python benchmarks/low_rank.py                    # 20 minutes on two cores
     python benchmarks/low_rank.py --directions 32 --seeds 1 --passes 6400
 
 The small LSTM of `examples/run_clm.py`, on the same text in the same blocks, with AdamW. For every kind of directions
@@ -29,7 +29,7 @@ RATES = {32: (1e-2, 2e-2, 4e-2), 128: (2e-2, 4e-2, 8e-2), 512: (4e-2, 8e-2, 16e-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directions", nargs="+", type=int, choices=RATES, default=list(RATES))
-    parser.add_argument("--passes", type=int, default=49_152, help="Forward passes of a run.")
+    parser.add_argument("--passes", type=int, default=24_576, help="Forward passes of a run.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()

@@ -32,6 +32,9 @@ class Estimate(NamedTuple):
 class Estimator(Protocol):
     """Which members a set of directions needs, and what their losses say about the gradient."""
 
+    @property
+    def distribution(self) -> Kind: ...
+
     def members(self, directions: Sequence[Direction]) -> list[Member]: ...
 
     def estimate(self, directions: Sequence[Direction], losses: Tensor) -> Estimate: ...

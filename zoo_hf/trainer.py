@@ -27,9 +27,9 @@ from .carry import check_state, state_after, with_state
 from .config import FLOAT16, SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import alone, broadcast_, exchange, same_batches, share
 from .estimators import ESTIMATORS, Estimate, Estimator
-from .low_rank import Kind, kind_of
+from .low_rank import kind_of
 from .noise import Direction, check_names, dropout_seed
-from .perturbation import Objective, check_contiguous, probing_mode, seeded, share_moved
+from .perturbation import Member, Objective, check_contiguous, probing_mode, seeded, share_moved
 from .probes import Probes
 from .update import Update, check_optimizer
 
@@ -124,9 +124,7 @@ class ZOOTrainerMixin(Base):
         start = time.perf_counter()
         self._enter_training(model)
         args, inputs = self.args, with_state(self._prepare_inputs(inputs), self.update.carried_state)
-        estimator = self._estimator()
-        directions = [Direction(args.seed, self.state.global_step, i) for i in range(args.num_directions)]
-        members = estimator.members(directions)
+        estimator, directions, members = plan(self)
         mine = members[share(len(members), self.accelerator.process_index, self.accelerator.num_processes)]
         with probing_mode(model, dropout=args.dropout), alone(self.accelerator), first_booking(self) as book:
             losses = self._probes.losses(
@@ -135,7 +133,7 @@ class ZOOTrainerMixin(Base):
                 mine,
                 args.smoothing_radius,
                 model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
-                distribution=self._kind(),
+                distribution=estimator.distribution,
                 of=(len(members), numbers_in(inputs)),
             )
             self.update.population = self._probes.chosen
@@ -160,20 +158,10 @@ class ZOOTrainerMixin(Base):
         """As a step of the stock Trainer begins: after an evaluation, model and optimizer are in another mode."""
         if self.update is None:  # outside of `train`
             self.create_optimizer()
-        if self._probes is None:  # after a checkpoint was loaded, if there is one
-            choice = "serial" if self.args.probes == "auto" and not may_be_a_population(self) else self.args.probes
-            kept = self.update.population if choice == "auto" else {}
-            self._probes = Probes(choice, self.args.members_per_forward, kept)
+        self._probes = self._probes or probes_of(self)  # after a checkpoint was loaded, if there is one
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
-
-    def _estimator(self) -> Estimator:
-        return ESTIMATORS[self.args.estimator](self.args.smoothing_radius, self._kind())
-
-    def _kind(self) -> Kind:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return kind_of(self.args.distribution, model, self.args.direction_rank)
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Norm of the estimate before clipping; none is computed, or logged, when nothing is clipped."""
@@ -196,7 +184,7 @@ class ZOOTrainerMixin(Base):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 · tokens · weights for every forward pass; the Trainer counts 6, for one forward and one backward pass."""
-        members = self._estimator().members([Direction(self.args.seed, 0, i) for i in range(self.args.num_directions)])
+        *_, members = plan(self)
         return super().floating_point_ops(inputs) * len(members) // 3
 
     def get_total_train_batch_size(self, args: Any) -> int:
@@ -262,6 +250,22 @@ def objective_of(
         return loss
 
     return objective
+
+
+def plan(trainer: Any) -> tuple[Estimator, list[Direction], list[Member]]:
+    """The present step's estimator, directions and members."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    kind = kind_of(args.distribution, model, args.direction_rank)
+    estimator = ESTIMATORS[args.estimator](args.smoothing_radius, kind)
+    directions = [Direction(args.seed, trainer.state.global_step, i) for i in range(args.num_directions)]
+    return estimator, directions, estimator.members(directions)
+
+
+def probes_of(trainer: Any) -> Probes:
+    """How members are evaluated in this run; what `auto` chose before it was resumed is kept."""
+    args = trainer.args
+    choice = "serial" if args.probes == "auto" and not may_be_a_population(trainer) else args.probes
+    return Probes(choice, args.members_per_forward, trainer.update.population if choice == "auto" else {})
 
 
 def may_be_a_population(trainer: Any) -> bool:
