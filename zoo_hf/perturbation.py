@@ -125,6 +125,7 @@ class Displacement:
         self.capacity = int(room / max(1, self._bytes()))
         self.held: dict[Direction, int] = {}  # direction → its row in what is held
         self.packed: list[Tensor] = []  # of each group, (G, …)
+        self.pair: tuple[Direction, float, Tensor] | None = None  # scale · z as it was last written, 2 MiB at most
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}  # of each matrix, (G, R, r) and (G, C, r)
 
     def _bytes(self) -> float:
@@ -142,15 +143,24 @@ class Displacement:
             self._hold(self.order[at : at + self.capacity])
         self._write_matrices_(direction, scale)
         for number, group in enumerate(self.groups):
-            packed = self.packed[number][self.held[direction]] if self.capacity else self._pack(direction, group)
-            entries = len(packed) // self.distribution.packed_per_block * self.distribution.entries_per_block
-            dtype = torch.promote_types(group[0].weights.dtype, torch.float32)
-            noise = torch.empty(entries, dtype=dtype, device=packed.device)
-            self.distribution.unpack_(noise, packed, scale)
-            place = 0
+            noise, place = self._noise(number, direction, scale), 0
             for weights, saved, _, _ in group:
                 torch.add(saved, noise[place : place + len(weights)], out=weights)
                 place += self._blocks(len(weights)) * self.distribution.entries_per_block
+
+    def _noise(self, number: int, direction: Direction, scale: float) -> Tensor:
+        """scale · z on a group; where there is one group alone, −scale · z comes from what was made for its pair."""
+        if self.pair is not None and self.pair[:2] == (direction, -scale):
+            noise, self.pair = self.pair[2].neg_(), None
+            return noise
+        group = self.groups[number]
+        packed = self.packed[number][self.held[direction]] if self.capacity else self._pack(direction, group)
+        entries = len(packed) // self.distribution.packed_per_block * self.distribution.entries_per_block
+        dtype = torch.promote_types(group[0].weights.dtype, torch.float32)
+        noise = torch.empty(entries, dtype=dtype, device=packed.device)
+        self.distribution.unpack_(noise, packed, scale)
+        self.pair = (direction, scale, noise) if len(self.groups) == 1 else None
+        return noise
 
     def _write_matrices_(self, direction: Direction, scale: float) -> None:
         for name, parameter in self.matrices.items():
