@@ -43,9 +43,9 @@ def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dic
     about = {"device": hardware()} | versions()
     (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1, ensure_ascii=False))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    plot(axes, rows)
-    axes.set_title(f"{about['device']}, torch {about['torch']}", fontsize=9)
     axes.grid(alpha=0.3)
+    plot(axes, rows)
+    figure.suptitle(f"{about['device']}, torch {about['torch']}", fontsize=9)
     figure.savefig(RESULTS / f"{stem}.png", dpi=150)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
