@@ -46,7 +46,8 @@ def gradients(estimate: Estimate, parameters: Parameters) -> dict[str, Tensor]:
         small = {name: p for name, p in here.items() if name not in matrices and m * p.numel() <= CHUNK}
         for group in together(matrices, lambda p: m * factor_bytes(used.kind, p.shape), FACTOR_BYTES):
             found |= low_rank_sums(used, group)
-        for group in together(small, lambda p: m * p.numel(), CHUNK):
+        block = full(used.kind).entries_per_block  # of which a parameter has whole ones
+        for group in together(small, lambda p: m * max(p.numel(), block), CHUNK):
             found |= small_sums(used, group)
         found |= {name: full_sum(used, name, p) for name, p in here.items() if name not in found}
     return {name: found[name].div_(m).to(p.dtype).view_as(p) for name, p in parameters.items()}

@@ -96,12 +96,15 @@ class OneDtype(TorchFunctionMode):
     """Attention gets queries, keys and values of one dtype, as autocast would see to if it saw it under vmap."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, *others = args[:3]
-            dtype = torch.get_autocast_dtype(query.device.type)
-            dtype = dtype if torch.is_autocast_enabled(query.device.type) else query.dtype
-            args = (*(tensor.to(dtype) for tensor in (query, *others)), *args[3:])
-        return func(*args, **(kwargs or {}))
+        replaced = attention if func is F.scaled_dot_product_attention else func
+        return replaced(*args, **(kwargs or {}))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """torch's, in the dtype of autocast or of the queries."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), *args, **kwargs)
 
 
 class Within(nn.Module):
@@ -204,17 +207,20 @@ def dense(value: Any) -> Any:
     return value.base + (value.left @ value.right.mT).view(value.base.shape)
 
 
-def linear(x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+def linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
+    """torch's; arguments have its names, as they may come by name."""
+    input, bias = dense(input), dense(bias)
     if not isinstance(weight, DisplacedMatrix):  # it is multiplied by another weight
-        return F.linear(dense(x), weight, dense(bias))
-    return multiplied(x, weight.base, bias, weight.left, weight.right)
+        return F.linear(input, weight, bias)
+    return multiplied(input, weight.base, bias, weight.left, weight.right)
 
 
-def addmm(bias: Tensor, x: Tensor, weight: Any) -> Tensor:
-    """As gpt2's Conv1D calls it, whose weight is (I, O)."""
-    if not isinstance(weight, DisplacedMatrix):
-        return torch.addmm(dense(bias), dense(x), weight)
-    return multiplied(x, weight.base.mT, bias, weight.right, weight.left)
+def addmm(input: Any, mat1: Any, mat2: Any, **scales: Any) -> Tensor:
+    """torch's; as gpt2's Conv1D calls it, input is a bias and mat2 a weight, (I, O)."""
+    input, mat1 = dense(input), dense(mat1)
+    if not isinstance(mat2, DisplacedMatrix) or scales or input.dim() != 1:
+        return torch.addmm(input, mat1, dense(mat2), **scales)
+    return multiplied(mat1, mat2.base.mT, input, mat2.right, mat2.left)
 
 
 def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -234,9 +240,10 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, rig
     return y.view(*x.shape[:-1], -1)
 
 
-def embedding(ids: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
-    found = F.embedding(ids, weight.base, *args, **kwargs)
-    return found + F.embedding(ids, weight.left) @ weight.right.mT
+def embedding(input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """torch's: rows of W and of A, the latter times Bᵀ."""
+    found = F.embedding(input, weight.base, *args, **kwargs)
+    return found + F.embedding(input, weight.left) @ weight.right.mT
 
 
 MULTIPLY: dict[Any, Callable[..., Tensor]] = {F.linear: linear, torch.addmm: addmm, F.embedding: embedding}
