@@ -38,6 +38,7 @@ ORDER = (
     "callbacks",
     "cards",
     "carry",
+    "preparation",
     "trainer",
     "models",
     "tasks",

@@ -40,13 +40,13 @@ def gradients(estimate: Estimate, parameters: Parameters) -> dict[str, Tensor]:
     pairs = zip(estimate.directions, estimate.coefficients.tolist(), strict=True)
     directions, coefficients = zip(*((d, c) for d, c in pairs if not math.isnan(c)), strict=True)
     used, m = Used(estimate.distribution, directions, coefficients), len(directions)
+    block = full(used.kind).entries_per_block  # of which a parameter has whole ones
     found: dict[str, Tensor] = {}
     for here in by_device(parameters).values():
         matrices = {name: p for name, p in here.items() if is_low_rank(used.kind, name)}
         small = {name: p for name, p in here.items() if name not in matrices and m * p.numel() <= CHUNK}
         for group in together(matrices, lambda p: m * factor_bytes(used.kind, p.shape), FACTOR_BYTES):
             found |= low_rank_sums(used, group)
-        block = full(used.kind).entries_per_block  # of which a parameter has whole ones
         for group in together(small, lambda p: m * max(p.numel(), block), CHUNK):
             found |= small_sums(used, group)
         found |= {name: full_sum(used, name, p) for name, p in here.items() if name not in found}

@@ -19,26 +19,23 @@ from accelerate.optimizer import AcceleratedOptimizer
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
-from .cards import bare_model, model_card
-from .carry import check_state, state_after, with_state
-from .config import FLOAT16, SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
+from .cards import model_card
+from .carry import state_after, with_state
+from .config import SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import alone, broadcast_, exchange, same_batches, share
 from .estimators import ESTIMATORS, Estimate, Estimator
 from .low_rank import kind_of
-from .noise import Direction, check_names, dropout_seed
-from .perturbation import Member, Objective, check_contiguous, probing_mode, seeded, share_moved
+from .noise import Direction, dropout_seed
+from .perturbation import Member, Objective, probing_mode, seeded
+from .preparation import check_weights, prepare_
 from .probes import Probes
 from .update import Update, check_optimizer
 
 
 logger = logging.getLogger(__name__)
-
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
-CHECKPOINTING = {"gradient_checkpointing", "activation_checkpointing"}  # the second is the newer name of the first
-UNCUT = 2**31 - 1  # tokens; longer than any sequence
 
 
 if TYPE_CHECKING:
@@ -304,57 +301,3 @@ def first_booking(trainer: Any) -> Iterator[Callable[[], None]]:
         yield book
     finally:
         vars(trainer).update(kept)
-
-
-def prepare_(model: Any, args: Any) -> None:
-    """Tag the model, and switch off, with a log line each, what is of no use or harm to probes."""
-    # the flag that transformers sets on each module it checkpoints; its methods change names with the version
-    checkpointed = [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
-    for module in checkpointed:
-        module.gradient_checkpointing = False
-    switches = CHECKPOINTING & vars(args).keys()
-    if checkpointed or any(vars(args)[switch] for switch in switches):
-        vars(args).update(dict.fromkeys(switches, False))
-        logger.warning("Gradient checkpointing is switched off: no activations are kept for a backward pass.")
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.add_model_tags(["zoo_hf", "zeroth-order"])
-        if type(module).__name__ == "RwkvModel" and module.config.rescale_every:
-            # it would rewrite its weights in the midst of a probe, where the mode changes from training to inference
-            module.train()._rescale_layers()
-            module.config.rescale_every = 0
-            logger.warning("RWKV: `rescale_every` is set to 0, as it rewrites the weights. Set it again for float16.")
-        if type(module).__name__ == "xLSTMModel" and module.config.max_inference_chunksize < UNCUT:
-            # in inference mode, as a probe is, it would hand the state of a longer sequence on in bfloat16
-            module.config.max_inference_chunksize = UNCUT
-            logger.warning("xLSTM: `max_inference_chunksize` is raised, as each cut rounds the state to bfloat16.")
-
-
-def check_weights(trainer: Any) -> None:
-    """Raises: ValueError when no weight is trainable, one cannot be displaced, or most would not feel it."""
-    weights = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    if not weights:
-        raise ValueError("No parameter has `requires_grad=True`: unfreeze some, or add a PEFT adapter.")
-    check_names(list(weights))
-    if trainer.args.carry_state:
-        check_state(bare_model(trainer))
-    if trainer.args.device.type == "cpu" and any(p.dtype == torch.float16 for p in trainer.model.parameters()):
-        raise ValueError(FLOAT16)
-    check_contiguous(weights)
-    if trainer.accelerator.mixed_precision not in COMPUTE_DTYPES:
-        raise ValueError(
-            f"mixed_precision={trainer.accelerator.mixed_precision!r} of the accelerate configuration would round "
-            "displacements away: use 'bf16' or 'no'."
-        )
-    radius, precision = trainer.args.smoothing_radius, COMPUTE_DTYPES[trainer.accelerator.mixed_precision]
-    moved = share_moved(weights, radius, precision)
-    dtypes = ", ".join(sorted({str(precision or p.dtype) for p in weights.values()}))
-    if moved < 0.5:
-        raise ValueError(
-            f"`smoothing_radius`={radius} moves only {moved:.0%} of the weights in {dtypes}: "
-            "raise it, or compute in a wider dtype."
-        )
-    if moved < 0.95:
-        logger.warning(
-            f"smoothing_radius={radius} leaves {1 - moved:.0%} of the weights in {dtypes} where they are: raise it."
-        )
