@@ -23,6 +23,8 @@ OWN = {
     "members_per_forward": None,
     "dropout": False,
     "carry_state": False,
+    "data": "shared",
+    "rank_check_steps": 100,
 }
 CHANGED = {"learning_rate": 2e-2, "max_grad_norm": 0.0}
 
@@ -47,6 +49,7 @@ def test_only_the_defaults_that_the_docstring_names_differ_from_training_argumen
 def test_what_makes_a_run_the_run_it_is_are_the_seed_and_our_fields_but_for_the_learning_rate(config):
     args = config(seed=7)
     expected = OWN | {"num_directions": 4, "probes": "serial", "seed": 7, "max_grad_norm": 0.0}
+    del expected["rank_check_steps"]  # looks at a run, and changes nothing of it
     assert settings(args) == expected
 
 
@@ -64,6 +67,8 @@ def test_every_field_has_a_help_text():
         ("smoothing_radius", float("inf"), "`smoothing_radius` must be positive and finite, got inf"),
         ("estimator", "centre", r"`estimator` must be one of \('central', 'forward'\), got 'centre'"),
         ("distribution", "normal", r"`distribution` must be one of .*'low_rank_gaussian'\), got 'normal'"),
+        ("rank_check_steps", -1, "`rank_check_steps` must not be negative, got -1; 0 is off"),
+        ("data", "sharded", r"`data` must be one of \('shared', 'split'\), got 'sharded'"),
         ("max_grad_norm", -1.0, r"`max_grad_norm` must not be negative, got -1\.0"),
     ],
 )
@@ -76,8 +81,9 @@ def test_the_command_line_sets_every_field(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --num_directions 8 --smoothing_radius 1e-3 --estimator forward"
     line += " --probes population --members_per_forward 8 --direction_rank 2"
     line += " --distribution gaussian --dropout --carry_state --learning_rate 1e-4 --max_grad_norm 2"
+    line += " --data shared --rank_check_steps 7"
     (args,) = HfArgumentParser(ZOOConfig).parse_args_into_dataclasses(line.split())
-    values = (8, 1e-3, "forward", "gaussian", 2, "population", 8, True, True, 1e-4, 2.0)
+    values = (8, 1e-3, "forward", "gaussian", 2, "population", 8, True, True, "shared", 7, 1e-4, 2.0)
     assert tuple(getattr(args, name) for name in OWN | CHANGED) == values
 
 
@@ -136,3 +142,11 @@ def test_arguments_survive_pickling_and_show_in_dicts(config):
     assert {name: json.loads(args.to_json_string())[name] for name in expected} == expected
     sanitized = expected | {"members_per_forward": "None"}  # trackers take no None
     assert {name: args.to_sanitized_dict()[name] for name in expected} == sanitized
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("estimator", "forward"), ("probes", "population"), ("carry_state", True)]
+)
+def test_shares_of_a_batch_exclude_what_needs_all_of_it(config, field, value):
+    with pytest.raises(ValueError, match=f"`data`='split' and `{field}`={value!r} exclude each other: use `{field}`="):
+        config(data="split", **{field: value})

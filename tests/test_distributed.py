@@ -8,19 +8,19 @@ import pytest
 import torch
 from scripts import ranks
 
-from zoo_hf.distributed import exchange, share
+from zoo_hf.distributed import share
 
 
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node"],
     # port 0: a free one
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes"],
 }
 
 
-def launch(launcher: str, *arguments: str) -> None:
-    """Run the script of the cases in two processes; none is left behind."""
-    command = [sys.executable, "-m", *LAUNCHERS[launcher]]
+def launch(launcher: str, processes: int, *arguments: str) -> None:
+    """Run the script of the cases in several processes; none is left behind."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, ranks.__file__, *arguments, "--use_cpu"], env=environment)
     try:
@@ -42,34 +42,6 @@ def test_shares_cover_all_members_once_and_differ_by_at_most_one(total, world_si
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-class Rank:
-    """One of two ranks, whose sum over ranks adds what the other rank has sent."""
-
-    num_processes, device = 2, torch.device("cpu")
-
-    def __init__(self, process_index: int):
-        self.process_index = process_index
-        self.received = torch.zeros(5, dtype=torch.int64)
-
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        assert reduction == "sum"
-        self.sent = tensor
-        return tensor + self.received
-
-
-def test_exchange_returns_every_loss_bit_for_bit_whichever_rank_evaluated_it(rng):
-    losses = torch.randn(5, generator=rng, dtype=torch.float64).exp()
-    losses[0], losses[1], losses[4] = -0.0, torch.inf, torch.nan
-    sender, receiver = Rank(0), Rank(1)
-    exchange(losses[share(5, 0, 2)], 5, sender)
-    receiver.received = sender.sent
-    everyone = exchange(losses[share(5, 1, 2)], 5, receiver)
-    assert everyone.dtype == torch.float64
-    assert torch.equal(everyone.view(torch.int64), losses.view(torch.int64))
-    assert receiver.sent.shape == (5,)
-    assert receiver.sent.dtype == torch.int64, "mps, for one, has no float64"
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one process ends with, for every case; "central" leaves its third step's checkpoint for two ranks."""
@@ -83,7 +55,7 @@ def alone(tmp_path_factory):
 def launched(request, alone):
     """What both ranks of one launch end with, for every case."""
     folder, _ = alone
-    launch(request.param, str(folder))
+    launch(request.param, 2, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -117,9 +89,34 @@ def test_after_the_start_only_the_members_losses_cross_ranks_whatever_the_models
     for result in (rank[case] for rank in launched):
         start = 1 + len(result["weights"])  # a generator's state, and every weight once
         assert [name for name, *_ in result["heard"][:start]] == ["broadcast"] * start
+        recorded, agreed = result["heard"][start : start + 2], result["heard"][start + 2]
+        assert recorded == [["broadcast", 1, "torch.int64"], ["broadcast", 1, "torch.uint8"]], "no step was recorded"
+        assert agreed == ["all_gather", 32 * 26, "torch.uint8"], "hashes of what has to be equal"
         losses = [["all_reduce", members, "torch.int64"]]
         figure = ["all_gather", 1, "torch.float32"]  # the Trainer's loss, or its count of floating-point operations
         logged = [figure] * 2 if case == "logged" else []
-        *steps, (name, numel, _) = result["heard"][start:]
+        *steps, (name, numel, _) = result["heard"][start + 3 :]
         assert steps == (losses + logged) * result["steps"]
         assert (name, numel) == ("all_gather", 1), "the count once more, when it ends"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(FORKED)
+def test_the_log_says_how_many_bytes_a_step_gave_to_the_other_ranks(launched):
+    for entries in (rank["logged"]["bytes"] for rank in launched):
+        assert entries == [8 * 2 * 4] * 6, "a float64 for every member"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(FORKED)
+@pytest.mark.parametrize("processes", [3, 4, 8])
+def test_any_number_of_ranks_ends_with_the_bits_of_one_process(alone, processes):
+    folder, results = alone
+    launch("torchrun", processes, str(folder))
+    for rank in range(processes):
+        found = torch.load(folder / f"rank{rank}.pt")
+        assert set(found) == {*ranks.SEVERAL, "resumed"}
+        for case, result in found.items():
+            assert (result["world_size"], result["steps"]) == (processes, results[case]["steps"])
+            for name, weight in results[case]["weights"].items():
+                assert torch.equal(weight, result["weights"][name]), (case, name)

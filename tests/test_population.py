@@ -10,18 +10,21 @@ from peft import LoraConfig, get_peft_model
 from small_models import SMALL
 from test_trainer import tiny_gpt2, tiny_llama
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from zoo_hf import Direction, Member, ZOOTrainer, probe
-from zoo_hf.low_rank import kind_of
+from zoo_hf.low_rank import LowRank, kind_of
+from zoo_hf.meter import work
 from zoo_hf.perturbation import probing_mode, seeded
-from zoo_hf.population import DisplacedMatrix, dense, probe_population
-from zoo_hf.probes import Probes
+from zoo_hf.population import DisplacedMatrix, dense, evaluate, member_weights, probe_population
+from zoo_hf.probes import EVERY, FEW, Probes, out_of_memory
 
 
 RADIUS = 1e-3
 DIRECTIONS = [Direction(0, 3, index) for index in range(4)]
 MEMBERS = [Member(direction, sign) for direction in DIRECTIONS for sign in (1, -1)]
+MANY = [Member(Direction(0, 3, index), sign) for index in range(FEW) for sign in (1, -1)]  # enough for `auto`
+KEY = Probes("auto").key({})  # of a batch without tensors
 TOLERANCE = 0.01  # of the coefficients' root mean square
 OF_TRANSFORMERS = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0},
@@ -64,13 +67,13 @@ def coefficients(losses, radius=RADIUS):
     return (losses[::2] - losses[1::2]) / (2 * radius)
 
 
-def both_ways(model, distribution, objective=None, rank=2, radius=RADIUS, size=5):
+def both_ways(model, distribution, objective=None, rank=2, radius=RADIUS, size=5, members=MEMBERS):
     """Coefficients by members one at a time, and in populations of five."""
     kind, objective = kind_of(distribution, model, rank), objective or loss_of(model)
     with torch.inference_mode():
-        serial = probe(objective, trained(model), MEMBERS, radius, distribution=kind)
+        serial = probe(objective, trained(model), members, radius, distribution=kind)
         population = probe_population(
-            objective, trained(model), MEMBERS, radius, model=model, members_per_forward=size, distribution=kind
+            objective, trained(model), members, radius, model=model, members_per_forward=size, distribution=kind
         )
     return coefficients(serial, radius), coefficients(population, radius)
 
@@ -135,6 +138,67 @@ def test_in_bfloat16_coefficients_correlate_with_those_of_float32(name, distribu
     assert torch.corrcoef(pair)[0, 1] >= 0.95
 
 
+def of_t5():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("name", [*SMALL, *OF_TRANSFORMERS, "t5"])
+@both_ranks
+def test_under_autocast_a_population_is_as_near_to_float32_as_serial_members_are(name, distribution):
+    torch.manual_seed(0)
+    model = SMALL[name]().eval() if name in SMALL else of_t5() if name == "t5" else of_transformers(name)
+    ids = torch.randint(1, 11, (3, 9), generator=torch.Generator().manual_seed(1))
+    plain = loss_of(model, {"input_ids": ids, "labels": ids})
+
+    def narrow():
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain()
+
+    both = {"radius": 1e-2, "members": MANY, "size": len(MANY)}
+    exact, _ = both_ways(model, distribution, plain, **both)
+    errors = [(found - exact).square().mean().sqrt() for found in both_ways(model, distribution, narrow, **both)]
+    assert errors[1] <= 2 * errors[0] + 0.001 * exact.square().mean().sqrt()
+
+
+class Normed(nn.Module):
+    """Norms whose weights are float32, of bfloat16 activations that they give back in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.LayerNorm(6), nn.GroupNorm(2, 6)
+        self.register_buffer("x", torch.randn(4, 6))
+
+    def forward(self):
+        normed = self.second(self.first(self.x.bfloat16()))
+        assert normed.dtype == torch.bfloat16
+        return normed.float().square().mean()
+
+
+def test_norms_with_weights_wider_than_their_input_give_what_they_give_alone():
+    model = Normed()
+    with torch.inference_mode():
+        serial = probe(model, trained(model), MEMBERS, 0.1)
+        population = probe_population(model, trained(model), MEMBERS, 0.1, model=model, members_per_forward=8)
+    torch.testing.assert_close(population, serial, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@every_distribution
+def test_the_default_dtype_changes_nothing(distribution, dtype):
+    model = tiny_lstm().eval()
+    expected, found = both_ways(model, distribution), None
+    torch.set_default_dtype(dtype)
+    try:
+        found = both_ways(model, distribution)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 @both_ranks
 @pytest.mark.parametrize("size", [1, 3, 8, 100])
 def test_any_number_of_members_in_a_forward_pass_gives_the_same_losses(distribution, size):
@@ -177,6 +241,8 @@ def test_members_matrices_are_never_made_where_a_layer_multiplies(monkeypatch):
         lambda w, x: F.linear(x, w, torch.arange(6.0)),
         lambda w, x: F.linear(x[0], w),
         lambda w, x: F.linear(x[0, 0], w),
+        lambda w, x: F.linear(x[:0], w),
+        lambda w, x: F.linear(x[:, :0], w, torch.arange(6.0)),
         lambda w, x: F.linear(w, torch.ones(2, 5)),
         lambda w, x: F.linear(w, w),
         lambda w, x: F.linear(input=x, weight=w, bias=torch.arange(6.0)),
@@ -226,20 +292,25 @@ class Stubborn(nn.Module):
         return self.weight.square().sum() * self.weight.sum().item()
 
 
-def of_probes(choice, model, objective, members=MEMBERS, **arguments):
+def of_probes(choice, model, objective, members=MANY, batch=None, watched=False, **arguments):
     probes = Probes(choice, **arguments)
-    return probes, probes.losses(objective, trained(model), members, RADIUS, model=model, distribution="rademacher")
+    how = {"model": model, "distribution": "rademacher", "batch": batch, "watched": watched}
+    return probes, probes.losses(objective, trained(model), members, RADIUS, **how)
 
 
-def test_auto_says_once_which_operation_failed_and_goes_on_serially(caplog):
+def test_auto_says_once_which_operation_failed_where_and_goes_on_serially(caplog):
     model = Stubborn()
     with caplog.at_level(logging.WARNING, logger="zoo_hf"), torch.inference_mode():
         probes, losses = of_probes("auto", model, model)
-        again = probes.losses(model, trained(model), MEMBERS, RADIUS, model=model, distribution="rademacher")
-        expected = probe(model, trained(model), MEMBERS, RADIUS)
+        how = {"model": model, "distribution": "rademacher", "batch": {"x": torch.zeros(3)}}  # of another shape
+        again = probes.losses(model, trained(model), MANY, RADIUS, **how)
+        expected = probe(model, trained(model), MANY, RADIUS)
     (record,) = caplog.records
+    line = Stubborn.forward.__code__.co_firstlineno + 1
     assert ".item()" in record.message
-    assert probes.chosen == {0: 1}
+    assert record.message.endswith(f"; {__file__}, line {line}, in forward")
+    assert "file a" not in record.message
+    assert probes.chosen[EVERY] == 1
     assert torch.equal(losses, expected)
     assert torch.equal(again, expected)
 
@@ -247,10 +318,42 @@ def test_auto_says_once_which_operation_failed_and_goes_on_serially(caplog):
 def test_a_population_that_was_asked_for_and_cannot_be_is_an_error():
     model = Stubborn()
     with (
-        pytest.raises(RuntimeError, match=r"probes='population': .*\.item\(\).*Use probes='serial'"),
+        pytest.raises(RuntimeError, match=r"probes='population': .*\.item\(\).*, in forward\)\. Use probes='serial'"),
         torch.inference_mode(),
     ):
         of_probes("population", model, model)
+
+
+class Embedded(nn.Module):
+    """An embedding that shortens its rows when it looks them up, or a function of it that does."""
+
+    def __init__(self, by_module):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows = nn.Embedding(7, 4, max_norm=0.5 if by_module else None)
+        self.max_norm = 0.5
+
+    def forward(self):
+        ids = torch.arange(3)
+        found = self.rows(ids) if self.rows.max_norm else F.embedding(ids, self.rows.weight, max_norm=self.max_norm)
+        return found.square().sum()
+
+
+@pytest.mark.parametrize("by_module", [True, False], ids=["module", "function"])
+def test_an_embedding_that_writes_its_weight_is_refused_before_it_does(by_module):
+    model = Embedded(by_module)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"max_norm=0.5 makes .* set `max_norm=None`"), torch.inference_mode():
+        probe_population(
+            model,
+            trained(model),
+            MEMBERS,
+            RADIUS,
+            model=model,
+            members_per_forward=8,
+            distribution=kind_of("low_rank", model, 1),
+        )
+    assert torch.equal(model.rows.weight, before["rows.weight"])
 
 
 def test_an_error_of_the_objective_itself_is_raised_as_it_is():
@@ -263,26 +366,115 @@ def test_an_error_of_the_objective_itself_is_raised_as_it_is():
         of_probes("auto", model, objective)
 
 
-def test_a_population_that_does_not_fit_is_halved_until_it_does(caplog):
-    model = tiny_lstm().eval()
-    before, plain = weights(model), loss_of(model)
-    sizes = []
+class Full:
+    """An objective that takes too much memory for more than a number of members."""
 
-    def objective():
-        members = torch._C._functorch.get_unwrapped(model.lm_head.weight).shape[0]  # the axis that vmap hides
-        sizes.append(members)
-        if members > 2:
+    def __init__(self, model, most):
+        self.model, self.plain, self.most, self.sizes = model, loss_of(model), most, []
+
+    def __call__(self):
+        weight = self.model.lm_head.weight
+        together = torch._C._functorch.is_batchedtensor(weight)  # it has the axis that vmap hides
+        self.sizes.append(torch._C._functorch.get_unwrapped(weight).shape[0] if together else 1)
+        if self.sizes[-1] > self.most:
             raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.")
-        return plain()
+        return self.plain()
 
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (2, [1, 2, 8, 4, 2, 2, 2, 2]),
+        (1, [1, 2] + 8 * [1]),
+    ],
+)
+def test_a_population_that_does_not_fit_is_halved_until_it_does(most, sizes, caplog):
+    model = tiny_lstm().eval()
+    before, objective = weights(model), Full(model, most)
     with caplog.at_level(logging.WARNING, logger="zoo_hf"), torch.inference_mode():
-        probes, losses = of_probes("population", model, objective, members_per_forward=8)
-        expected = probe(plain, trained(model), MEMBERS, RADIUS)
-    assert sizes == [8, 4, 2, 2, 2, 2]
-    assert probes.chosen == {0: 2}
-    assert ["20.00 GiB" in record.message for record in caplog.records] == [True, True]
+        probes, losses = of_probes("population", model, objective, MEMBERS, members_per_forward=8)
+        expected = probe(objective.plain, trained(model), MEMBERS, RADIUS)
+    assert objective.sizes == sizes
+    assert probes.chosen == {probes.key({}): most}
+    assert caplog.records
+    assert all("does not fit into memory (Tried to allocate 20.00 GiB.)" in r.message for r in caplog.records)
     near(coefficients(losses), coefficients(expected))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_for_auto_too_a_population_that_does_not_fit_when_it_is_measured_is_no_failure(caplog):
+    model = tiny_llama().eval()
+    objective = Full(model, 1)
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"), torch.inference_mode():
+        probes, _ = of_probes("auto", model, objective)
+    assert probes.chosen == {KEY: 1}
+    (record,) = caplog.records
+    assert "A population of 2 members does not fit into memory" in record.message
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_an_allocator_says_when_it_gives_up(error, full):
+    assert out_of_memory(error) == full
+
+
+def test_a_prediction_is_made_for_what_was_asked_for_and_holds(caplog):
+    model = tiny_llama().eval()
+    with caplog.at_level(logging.INFO, logger="zoo_hf"), torch.inference_mode():
+        probes, _ = of_probes("population", model, loss_of(model), members_per_forward=8)
+        held = member_weights(trained(model), MEMBERS, RADIUS, "rademacher")
+        done = work(lambda: evaluate(loss_of(model), model, trained(model), held))
+    (megabytes,) = probes.predicted.values()
+    # three shapes of (3, 9) are measured, and foreseen as (4, 16); noise is half of the weights
+    largest = (64 / 27) * (16 / 9) * done.peak + 1.5 * sum(value.nbytes for value in held.values())
+    assert 1e6 * megabytes == pytest.approx(done.peak + 1.5 * sum(v.nbytes for v in held.values()), rel=0.05)
+    assert largest > 1e6 * megabytes, "no batch was named here"
+    assert ["8 members a forward pass" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("most", "room", "members"),
+    [(1, None, MEMBERS), (None, 0, MEMBERS), (8, None, MEMBERS[:1])],
+    ids=["members_per_forward", "memory", "one member"],
+)
+def test_a_population_of_one_that_was_asked_for_is_said_once(most, room, members, caplog, monkeypatch):
+    model = tiny_lstm().eval()
+    if room is not None:
+        monkeypatch.setattr("zoo_hf.probes.room", lambda model: room)
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"), torch.inference_mode():
+        probes, losses = of_probes("population", model, loss_of(model), members, members_per_forward=most)
+        how = {"model": model, "distribution": "rademacher"}
+        again = probes.losses(loss_of(model), trained(model), members, RADIUS, **how)
+        expected = probe(loss_of(model), trained(model), members, RADIUS)
+    (record,) = caplog.records
+    assert "one is all that fits" in record.message
+    assert f"`members_per_forward` is {most}" in record.message
+    assert "use probes='serial'" in record.message
+    assert torch.equal(losses, expected)
+    assert torch.equal(again, expected)
+
+
+@every_distribution
+@pytest.mark.parametrize("choice", ["serial", "population"])
+def test_a_model_without_matrices_to_train_has_full_directions(choice, distribution):
+    model = tiny_llama().eval()
+    norms = {name: p for name, p in trained(model).items() if "norm" in name}
+    entries = {"low_rank": "rademacher", "low_rank_gaussian": "gaussian"}.get(distribution, distribution)
+    found = {}
+    for kind in (kind_of(distribution, model, 2), entries):
+        with torch.inference_mode():
+            how = {"model": model, "distribution": kind}
+            found[kind] = Probes(choice).losses(loss_of(model), norms, MEMBERS, RADIUS, **how)
+    assert torch.equal(*found.values()) if len(found) == 2 else distribution == entries
 
 
 @both_ranks
@@ -292,77 +484,149 @@ def test_training_with_a_population_ends_near_the_weights_of_serial_training(tra
         run = trainer(tiny_llama(), texts(8), probes=probes, distribution=distribution, max_steps=4)
         before = weights(run.model)
         run.train()
-        assert set(run._probes.chosen.values()) == {1 if probes == "serial" else 8}
+        assert set(run.probes.chosen.values()) == {1 if probes == "serial" else 8}
         ends[probes] = torch.cat([(p.detach() - before[name]).flatten() for name, p in run.model.named_parameters()])
     difference = (ends["population"] - ends["serial"]).norm() / ends["serial"].norm()
     assert 0 < difference < 0.01, "and not by the same way"
 
 
-def test_the_choice_is_kept_by_a_checkpoint_and_taken_up_when_resumed(trainer, tmp_path):
-    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "probes": "auto", "num_directions": 4}
+@pytest.mark.parametrize("probes", ["auto", "population"])
+def test_the_choice_is_kept_by_a_checkpoint_and_taken_up_when_resumed(trainer, tmp_path, probes):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "probes": probes, "num_directions": 8}
     whole = trainer(tiny_llama(), texts(16), **arguments)
     whole.train()
-    numbers = 2 * 4 * 8  # ids and labels of four texts of eight tokens
-    assert whole._probes.chosen == {numbers: 8}
+    key = whole.probes.key(batch(texts(4)))
+    assert whole.probes.chosen == {key: 16}
     path = tmp_path / "checkpoint-2" / "optimizer.pt"
     saved = torch.load(path)
-    assert saved["zoo"]["population"] == {numbers: 8}
-    saved["zoo"]["population"] = {numbers: 3}  # as another version's rule might have had it
+    assert saved["zoo"]["population"] == {key: 16}
+    saved["zoo"]["population"] = {key: 3}  # as where memory did not suffice
     torch.save(saved, path)
     resumed = trainer(tiny_llama(), texts(16), **arguments)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed._probes.chosen == {numbers: 3}
+    assert resumed.probes.chosen == {key: 3}
+
+
+def test_what_a_checkpoint_chose_under_other_arguments_is_no_choice():
+    batches = {"input_ids": torch.zeros(4, 8)}
+    keys = {Probes(*asked).key(batches) for asked in (("auto",), ("auto", 8), ("population",), ("population", 8))}
+    assert len(keys) == 4
+    assert Probes("population", None, {EVERY: 1}).key(batches) in keys, "only `auto` keeps to one at a time"
+
+
+@pytest.mark.parametrize("whence", ["checkpoint", "trajectory"])
+def test_a_run_that_fell_back_to_one_at_a_time_keeps_to_it_when_resumed(trainer, tmp_path, whence, caplog):
+    arguments = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "probes": "auto", "num_directions": 8}
+    if whence == "trajectory":
+        arguments["save_strategy"] = "no"
+    trainer(Stateful(), classes(8), **arguments).train()
+    torch.manual_seed(0)
+    longer = trainer(Stateful(), classes(32, 16), **(arguments | {"max_steps": 3}))  # batches of another shape
+    with caplog.at_level(logging.WARNING, logger="zoo_hf.probes"):
+        longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 3
+    assert longer.probes.chosen == {EVERY: 1}
+    assert [record for record in caplog.records if record.name == "zoo_hf.probes"] == []
 
 
 @pytest.mark.parametrize(
     ("make", "count", "chosen"),
     [
-        (tiny_llama, 8, 8),
-        (lambda: SMALL["rwkv7"](), 8, 8),
-        (lambda: SMALL["slstm, two heads, learned state"](), 8, 8),
-        (tiny_llama, 1, 1),
-        (lambda: tiny_lstm(embedding_size=256, hidden_size=512), 8, 1),
+        (tiny_llama, 16, {KEY: 16}),
+        (lambda: SMALL["rwkv7"](), 16, {KEY: 16}),
+        (lambda: SMALL["slstm, two heads, learned state"](), 16, {KEY: 16}),
+        (tiny_llama, FEW - 1, {KEY: 1}),
+        (tiny_llama, 1, {}),
+        (lambda: tiny_lstm(embedding_size=256, hidden_size=512), 16, {KEY: 1}),
     ],
-    ids=["llama", "rwkv7", "slstm", "one member", "a large LSTM"],
+    ids=["llama", "rwkv7", "slstm", "few members", "one member", "a large LSTM"],
 )
 def test_auto_takes_a_population_where_overhead_outweighs_arithmetic(make, count, chosen):
     model = make().eval()
     with torch.inference_mode():
-        probes, _ = of_probes("auto", model, loss_of(model), MEMBERS[:count])
-    assert probes.chosen == {0: chosen}
+        probes, _ = of_probes("auto", model, loss_of(model), MANY[:count])
+    assert probes.chosen == chosen
 
 
 def test_a_population_is_no_larger_than_what_may_be_added_to_memory(monkeypatch):
     model = tiny_llama().eval()
-    for room, most in ((10**9, 8), (200_000, 4), (0, 1)):
+    for room, most in ((10**9, 16), (200_000, 4), (0, 1)):
         monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
         with torch.inference_mode():
-            probes, _ = of_probes("auto", model, loss_of(model))
-        assert probes.chosen[0] <= most
+            probes, _ = of_probes("auto", model, loss_of(model), MANY[:16])
+        assert probes.chosen[KEY] <= most
 
 
 def test_a_larger_batch_gets_a_population_of_its_own(trainer, monkeypatch):
     monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", 1_000_000)
     model = tiny_llama()
-    run = trainer(model, texts(4), probes="auto")
+    run = trainer(model, texts(4), probes="auto", num_directions=8)
     for rows in (1, 32):
         inputs = batch(texts(rows, 16))
         run.training_step(model, inputs, torch.tensor(15 * rows))
         run.optimizer.step()
-    few, many = run._probes.chosen.values()
-    assert few == 8 > many
+    few, many = run.probes.chosen.values()
+    assert few == 16 > many
+
+
+def test_batches_of_all_lengths_up_to_the_next_power_of_two_share_one_choice():
+    model, calls = tiny_llama().eval(), []
+    probes = Probes("auto")
+    for length in (40, 33, 64, 63, 50, 48):
+        ids = torch.randint(1, 11, (2, length))
+        inputs = {"input_ids": ids, "labels": ids}
+
+        def objective(inputs=inputs):
+            calls.append(inputs["input_ids"].shape[1])
+            return loss_of(model, inputs)()
+
+        with torch.inference_mode():
+            how = {"model": model, "distribution": "rademacher", "batch": inputs}
+            probes.losses(objective, trained(model), MANY[:16], RADIUS, **how)
+    assert probes.chosen == {probes.key({"labels": torch.empty(2, 64), "input_ids": torch.empty(2, 64)}): 16}
+    assert calls == [40, 40, 40, 33, 64, 63, 50, 48], "once alone and once by two, then each as one population"
+
+
+def test_batches_of_as_many_numbers_but_another_shape_do_not_share_a_choice():
+    shapes = [(64, 8), (1, 512), (8, 64), (512,)]
+    keys = [Probes("auto").key({"input_ids": torch.empty(shape)}) for shape in shapes]
+    assert len({*keys, Probes("auto").key({"labels": torch.empty(64, 8)})}) == 5
+    assert keys[0] == 2_000_000_000, "saved in checkpoints and trajectories"
+    assert all(0 <= key < 2**32 for key in keys)
+
+
+@pytest.mark.parametrize("first", [33, 48, 64])
+def test_what_was_measured_on_a_shorter_batch_holds_for_the_longest_of_its_key(first, monkeypatch):
+    room = 3_000_000
+    monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
+    model = tiny_llama().eval()
+    short, long = (
+        {"input_ids": ids, "labels": ids} for ids in (torch.ones(2, first).long(), torch.ones(2, 64).long())
+    )
+    with torch.inference_mode():
+        probes, _ = of_probes("population", model, loss_of(model, short), batch=short)
+        members = probes.chosen[probes.key(long)]
+        held = member_weights(trained(model), MANY[:members], RADIUS, "rademacher")
+        alone = work(loss_of(model, long)).peak
+        peak = work(lambda: evaluate(loss_of(model, long), model, trained(model), held)).peak
+    assert 1 < members < len(MANY)
+    assert peak + 1.5 * sum(value.nbytes for value in held.values()) <= room + alone
 
 
 def test_ranks_choose_by_all_members_and_not_by_their_share():
     model = tiny_llama().eval()
     choices = []
-    for share in (MEMBERS, MEMBERS[:2]):
+    for share in (MANY, MANY[:2]):
         probes = Probes("auto")
         with torch.inference_mode():
-            how = {"model": model, "distribution": "rademacher", "of": (len(MEMBERS), 54)}
+            how = {"model": model, "distribution": "rademacher", "total": len(MANY)}
             probes.losses(loss_of(model), trained(model), share, RADIUS, **how)
         choices.append(probes.chosen)
-    assert choices[0] == choices[1] == {54: 8}
+    assert choices[0] == choices[1] == {KEY: len(MANY)}
+
+
+def classes(count, length=8):
+    return [{"input_ids": row["input_ids"] % 11, "labels": row["labels"] % 11} for row in texts(count, length)]
 
 
 class Stateful(nn.Module):
@@ -382,8 +646,7 @@ class Stateful(nn.Module):
 
 
 def test_a_model_that_keeps_what_it_sees_is_probed_serially(trainer, caplog):
-    examples = [{"input_ids": row["input_ids"] % 11, "labels": row["labels"] % 11} for row in texts(8)]
-    run = trainer(Stateful(), examples, probes="auto")
+    run = trainer(Stateful(), classes(8), probes="auto", num_directions=8)
     with caplog.at_level(logging.WARNING, logger="zoo_hf"):
         run.train()
     (record,) = (record for record in caplog.records if record.name == "zoo_hf.probes")
@@ -392,24 +655,64 @@ def test_a_model_that_keeps_what_it_sees_is_probed_serially(trainer, caplog):
     assert float(run.model.seen) != 0
 
 
+class Counting(nn.Module):
+    """A model that writes into a tensor of its own."""
+
+    def __init__(self, parameter):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.frozen = nn.Linear(3, 1), nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.inner.register_buffer("count", torch.zeros(()))
+        self.parameter = parameter
+
+    def forward(self):
+        (self.frozen if self.parameter else self.inner.count).add_(1)
+        return self.inner(torch.ones(3)).square().sum()
+
+
+@pytest.mark.parametrize(("parameter", "named"), [(False, "inner.count"), (True, "frozen")])
+def test_a_model_that_writes_into_its_own_tensors_is_noticed(parameter, named):
+    model = Counting(parameter)
+    with (
+        pytest.raises(RuntimeError, match=f"a forward pass sets {named} in the model"),
+        torch.inference_mode(),
+    ):
+        probe_population(model, trained(model), MEMBERS, RADIUS, model=model, members_per_forward=8)
+
+
 class Recording(ZOOTrainer):
     """Its own `compute_loss` keeps the losses that it sees."""
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
-        self.losses = [*vars(self).get("losses", []), loss.detach()]
+        self.kept_losses = [*vars(self).get("kept_losses", []), loss.detach()]
         return loss
 
 
-@pytest.mark.parametrize("hooked", [False, True], ids=["compute_loss", "hook"])
-def test_those_who_see_every_probe_see_one_member_at_a_time_unless_asked(config, hooked):
-    seen = []
-    run = (ZOOTrainer if hooked else Recording)(tiny_llama(), config(probes="auto"), train_dataset=texts(8))
-    if hooked:
+@pytest.mark.parametrize("how", ["compute_loss", "compute_loss_func", "hook", "later hook"])
+def test_those_who_see_every_probe_see_one_member_at_a_time_unless_asked(config, how):
+    seen, steps = [], 2
+
+    def keep(outputs, labels, num_items_in_batch=None):
+        seen.append(outputs.loss.detach())
+        return outputs.loss
+
+    given = {"compute_loss_func": keep} if how == "compute_loss_func" else {}
+    kind = Recording if how == "compute_loss" else ZOOTrainer
+    run = kind(tiny_llama(), config(probes="auto", num_directions=8), train_dataset=texts(8), **given)
+    if how == "later hook":
+        run.training_step(run.model, batch(texts(4)), torch.tensor(28))
+        run.optimizer.step()
+        assert set(run.probes.chosen.values()) == {16}
+    if "hook" in how:
         run.model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
-    run.train()
-    losses = seen if hooked else run.losses
-    assert len(losses) == 2 * 8, "two steps of eight members"
+    if how == "later hook":
+        run.training_step(run.model, batch(texts(4)), torch.tensor(28))
+        steps = 1
+    else:
+        run.train()
+    losses = run.kept_losses if how == "compute_loss" else seen
+    assert len(losses) == steps * 16, "sixteen members a step"
     assert torch.stack(losses).isfinite().all()
 
 

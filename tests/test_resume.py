@@ -41,9 +41,9 @@ MOMENTUM = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "
     ("model", "step", "arguments"),
     [
         (tiny_lstm, 4, ADAMW),
-        # in mid-epoch the stock loader is one batch ahead, and a resumed run draws that batch's random tokens again:
-        # https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/data_loader.py (DataLoaderShard)
         (tiny_lstm, 3, ADAMW | {"data_collator": corrupt}),
+        (tiny_lstm, 4, ADAMW | {"data_collator": corrupt}),
+        (tiny_lstm, 2, ADAMW | {"data_collator": corrupt, "dataloader_num_workers": 2}),
         (tiny_lstm, 4, MOMENTUM),
         (tiny_lstm, 4, ADAMW | {"optim": "adafactor", "estimator": "forward"}),
         (tiny_lstm, 4, ADAMW | {"optim": "schedule_free_sgd", "lr_scheduler_type": "constant", "warmup_steps": 1}),
@@ -51,7 +51,18 @@ MOMENTUM = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "
         (with_dropout, 4, ADAMW | {"dropout": True}),
         (tiny_lstm, 4, ADAMW | {"bf16": True, "max_grad_norm": 1.0}),
     ],
-    ids=["mid-epoch", "epoch-boundary", "momentum", "adafactor", "schedule-free", "accumulated", "dropout", "bf16"],
+    ids=[
+        "mid-epoch",
+        "random",
+        "random, mid-epoch",
+        "random, workers",
+        "momentum",
+        "adafactor",
+        "schedule-free",
+        "accumulated",
+        "dropout",
+        "bf16",
+    ],
 )
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(config, tmp_path, model, step, arguments):
     arguments = dict(arguments)
@@ -91,12 +102,15 @@ OTHER = {
     "members_per_forward": (None, 4),
     "dropout": (False, True),
     "carry_state": (False, True),
+    "data": ("shared", "split"),
     "seed": (42, 7),
     "max_grad_norm": (0.0, 0.5),
 }
 
 
-@pytest.mark.parametrize("names", [[], list(OTHER), ["seed"]], ids=["none", "all", "one"])
+@pytest.mark.parametrize(
+    "names", [[], [name for name in OTHER if name != "data"], ["data"]], ids=["none", "all", "one"]
+)
 def test_resuming_with_other_fields_names_each_with_both_values(config, tmp_path, caplog, names):
     def run(**arguments):
         args = config(save_strategy="steps", save_steps=1, **arguments)

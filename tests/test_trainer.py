@@ -946,7 +946,12 @@ def test_what_is_pushed_is_the_model_its_code_and_its_card(trainer, hub, tmp_pat
     expected = {"README.md", "config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
     assert expected | {"modeling_rnn.py", "configuration_rnn.py"} <= set(files)
     assert arguments["repo_id"] == f"someone/{tmp_path.name}"
-    assert set(files) - expected == {"checkpoint-1", "checkpoint-2", *(f for f in files if f.endswith(".py"))}
+    assert set(files) - expected == {
+        "checkpoint-1",
+        "checkpoint-2",
+        "trajectory.zoo",
+        *(f for f in files if f.endswith(".py")),
+    }
     assert "checkpoint-*" in arguments["ignore_patterns"]
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f'from_pretrained("someone/{tmp_path.name}")' in card
@@ -959,7 +964,7 @@ def test_a_model_that_is_not_of_transformers_is_pushed_with_a_card(trainer, hub,
     made.train()
     made.push_to_hub()
     ((files, _),) = hub.uploads
-    assert files == ["README.md", "model.safetensors", "training_args.bin"]
+    assert files == ["README.md", "model.safetensors", "training_args.bin", "trajectory.zoo"]
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f'load_model(model, hf_hub_download("someone/{tmp_path.name}", "model.safetensors"))' in card
 

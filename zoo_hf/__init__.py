@@ -19,7 +19,10 @@ from .models import (
 )
 from .noise import Direction, entries, philox4x32
 from .perturbation import Member, perturbed, probe
+from .record import TrajectoryError
+from .replay import replay
 from .trainer import ZOOTrainer, ZOOTrainerMixin
+from .trajectory import Trajectory
 from .update import Update
 
 
@@ -38,6 +41,8 @@ __all__ = [
     "RWKV7Config",
     "RWKV7ForCausalLM",
     "RWKV7Model",
+    "Trajectory",
+    "TrajectoryError",
     "Update",
     "ZOOArguments",
     "ZOOConfig",
@@ -51,4 +56,5 @@ __all__ = [
     "perturbed",
     "philox4x32",
     "probe",
+    "replay",
 ]

@@ -16,6 +16,7 @@ CHOICES = {
     "estimator": ("central", "forward"),
     "distribution": ("rademacher", "gaussian", "low_rank", "low_rank_gaussian"),
     "probes": ("auto", "serial", "population"),
+    "data": ("shared", "split"),
 }
 
 
@@ -73,6 +74,20 @@ class ZOOArguments:
             "data of `zoo_hf.tasks.text_streams` go on. Costs one forward pass a batch."
         },
     )
+    data: Literal["shared", "split"] = field(
+        default="shared",
+        metadata={
+            "help": "shared: all members see the whole batch. split: every pair sees its own share of it, one of "
+            "`num_directions`, for a larger batch at the same cost; members are then evaluated one at a time."
+        },
+    )
+    rank_check_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Compare the weights of several processes after every so many updates, and before every "
+            "checkpoint; each reads the weights once. 0: only before checkpoints."
+        },
+    )
     learning_rate: float = field(default=2e-2, metadata={"help": "Initial learning rate of the optimizer."})
     max_grad_norm: float = field(
         default=0.0,
@@ -104,6 +119,10 @@ def check(args: Any) -> None:
         raise ValueError(f"`smoothing_radius` must be positive and finite, got {args.smoothing_radius}.")
     if args.max_grad_norm < 0:
         raise ValueError(f"`max_grad_norm` must not be negative, got {args.max_grad_norm}; 0 is off.")
+    if args.rank_check_steps < 0:
+        raise ValueError(f"`rank_check_steps` must not be negative, got {args.rank_check_steps}; 0 is off.")
+    if args.data == "split":
+        check_split(args)
     for name in ("direction_rank", "members_per_forward"):
         number = getattr(args, name)
         if number is not None and number < 1:
@@ -111,6 +130,17 @@ def check(args: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
+
+
+def check_split(args: Any) -> None:
+    """Raises: ValueError when pairs cannot have a share of the batch each."""
+    for name, value, remedy in (
+        ("estimator", "forward", "'central', as L(θ) is of the whole batch"),
+        ("probes", "population", "'serial', as members of a population see the same batch"),
+        ("carry_state", True, "False, as a state goes on from the whole batch before"),
+    ):
+        if getattr(args, name) == value:
+            raise ValueError(f"`data`='split' and `{name}`={value!r} exclude each other: use `{name}`={remedy}.")
 
 
 def complete_(args: TrainingArguments) -> None:
@@ -136,7 +166,7 @@ def settings(args: Any) -> dict[str, Any]:
 
     The learning rate is not among them: a checkpoint brings its own.
     """
-    names = ["seed", *(f.name for f in fields(ZOOArguments) if f.name != "learning_rate")]
+    names = ["seed", *(f.name for f in fields(ZOOArguments) if f.name not in ("learning_rate", "rank_check_steps"))]
     return {name: vars(args)[name] for name in names}
 
 

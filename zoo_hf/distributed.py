@@ -1,21 +1,37 @@
-"""Who evaluates which members; scalars in, scalars out.
+"""Who evaluates which members; scalars in, scalars out; are the ranks still equal?
 
 Every rank sees the same batch, evaluates its share of the members, and makes the same update from all losses. In
-training these cross ranks, and nothing else: once, at the start, the weights, the buffers and a generator's state; for
-every update, the losses of its members; for every entry of the Trainer's log and every checkpoint, single numbers: the
-loss and the count of floating-point operations. Evaluation is the Trainer's own: ranks share out the examples.
+training these cross ranks, and nothing else: at the start, the weights, the buffers, a generator's state and hashes of
+what has to be equal; for every update, the losses of its members; every `rank_check_steps` updates, a hash; for every
+entry of the Trainer's log and every checkpoint, single numbers: the loss and the count of floating-point operations.
+Evaluation is the Trainer's own: ranks share out the examples.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from datetime import timedelta
+from hashlib import sha256
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import broadcast, synchronize_rng_states
 from torch import Tensor
-from torch.utils.data import DataLoader
+
+from .interrupt import Interrupted
+
+
+PATIENCE = 20.0  # seconds that a rank may be later than the longest step so far
+ASKING = 5.0  # seconds in which ranks tell each other, after a failure, that they are there
+POLL = 1.0  # seconds between looks at whether another rank has noticed a failure
+STOP = 0x7FF8_0000_5354_4F50  # bits of the NaN that stands for a loss when a rank was asked to stop
+
+
+class RankError(RuntimeError):
+    """A rank has failed, or ranks are not equal; the message names it."""
 
 
 def share(total: int, rank: int, world_size: int) -> slice:
@@ -23,18 +39,146 @@ def share(total: int, rank: int, world_size: int) -> slice:
     return slice(rank * total // world_size, (rank + 1) * total // world_size)
 
 
-def exchange(losses: Tensor, total: int, accelerator: Accelerator) -> Tensor:
-    """Every rank's losses, (total,) float64 on the CPU, from this rank's share of them.
+class Ranks:
+    """What the ranks of a run tell each other.
 
-    All ranks receive the same bits: a loss crosses as the integer that its bits make, and each place is one such
-    integer plus zeros. Some devices have no float64, and all have int64.
+    Args:
+        accelerator: knows how many ranks there are, and which one this is.
+        timeout: seconds that ranks wait for each other at the start, and after a save or an evaluation.
     """
-    everyone = torch.zeros(total, dtype=torch.float64)
-    everyone[share(total, accelerator.process_index, accelerator.num_processes)] = losses
-    if accelerator.num_processes == 1:
+
+    def __init__(self, accelerator: Accelerator, timeout: float):
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.timeout = timeout
+        self.bytes = 0  # given to the others since `take_bytes`
+        self.longest = 0.0  # step so far, in seconds
+        self.last: float | None = None  # when ranks last met; None: there may be much to wait for
+        self.equal = 0  # steps after which the ranks' weights were last seen to be equal
+        # of its own: the losses are on the CPU, and what is late here should not wait for a GPU's collectives
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self.several else None
+
+    @property
+    def several(self) -> bool:
+        return self.world_size > 1
+
+    def exchange(self, losses: Tensor, total: int) -> Tensor:
+        """Every rank's losses, (total,) float64 on the CPU, from this rank's share of them.
+
+        All ranks receive the same bits: a loss crosses as the integer that its bits make, and each place is one such
+        integer plus zeros.
+
+        Raises:
+            Interrupted: on all ranks, when one was asked to stop.
+            RankError: a rank has not come.
+        """
+        everyone = torch.zeros(total, dtype=torch.float64)
+        everyone[share(total, self.rank, self.world_size)] = losses
+        if self.several:
+            bits = everyone.view(torch.int64)
+            self._meet(lambda: dist.all_reduce(bits, group=self.group, async_op=True), bits)
+        if (everyone.view(torch.int64) == STOP).any():
+            raise Interrupted
         return everyone
-    bits = everyone.view(torch.int64).to(accelerator.device)
-    return accelerator.reduce(bits, reduction="sum").cpu().view(torch.float64)
+
+    def check(self, values: dict[str, bytes], step: int) -> None:
+        """Compare values by their hashes.
+
+        Raises:
+            RankError: some are not equal; it says which, on which ranks and since which step.
+        """
+        mine = torch.frombuffer(
+            bytearray(b"".join(sha256(value).digest() for value in values.values())), dtype=torch.uint8
+        )
+        found = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self._meet(lambda: dist.all_gather(found, mine, group=self.group, async_op=True), mine)
+        parts = [each.view(len(values), -1) for each in found]
+        for place, name in enumerate(values):
+            others = [rank for rank, part in enumerate(parts) if not torch.equal(part[place], parts[0][place])]
+            if others:
+                since = f"they were equal after step {self.equal}" if self.equal else "at the start of the run"
+                raise RankError(f"Ranks differ in {name} at step {step}: {others} from rank 0; {since}.")
+        self.equal = step
+
+    def take_bytes(self) -> int:
+        """Bytes given to the others since this was last asked."""
+        taken, self.bytes = self.bytes, 0
+        return taken
+
+    def unhurried(self) -> None:
+        """Ranks may next meet late: one of them saves, or they evaluate."""
+        self.last = None
+
+    def _meet(self, begin: Callable[[], Any], sent: Tensor) -> None:
+        """Wait for all ranks, not much longer than the longest step so far.
+
+        Raises:
+            RankError: one has not come.
+        """
+        self.bytes += sent.nbytes
+        patience = self.timeout if self.last is None else self.longest + PATIENCE
+        begun, roll_call = time.monotonic(), RollCall(self.rank, self.world_size)
+        try:
+            work = begin()
+            while not arrived(work):
+                late = time.monotonic() - begun
+                if late > patience or roll_call.called():
+                    raise RuntimeError(f"waited for {late:.0f} s")
+        except (RuntimeError, OSError) as error:
+            raise roll_call.error(patience) from error
+        now = time.monotonic()
+        if self.last is not None:
+            self.longest = max(self.longest, now - self.last)
+        self.last = now
+
+
+def arrived(work: Any) -> bool:
+    """Whether a collective is done, after waiting a little for it.
+
+    Raises:
+        RuntimeError: it has failed.
+    """
+    try:
+        return work.wait(timedelta(seconds=POLL))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+
+
+class RollCall:
+    """After a failure: who is still there? Through the store that the process group was started with."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        self.prefix = f"zoo_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+    def called(self) -> bool:
+        """Whether another rank has noticed a failure."""
+        return self.store().check([f"{self.prefix}/failed"])
+
+    def error(self, patience: float) -> RankError:
+        """Tell the others of it, and name those that do not answer."""
+        try:
+            store = self.store()
+            store.set(f"{self.prefix}/failed", "")
+            store.set(f"{self.prefix}/{self.rank}", "")
+            time.sleep(ASKING)
+            lost = [rank for rank in range(self.world_size) if not store.check([f"{self.prefix}/{rank}"])]
+        except (RuntimeError, OSError) as error:  # it was kept by rank 0, or by a launcher that is gone
+            return RankError(f"A rank has died, and so has the process that knew which one ({error}). {REMEDY}")
+        return RankError(
+            f"Rank {', '.join(map(str, lost)) or '?'} of {self.world_size} has died, hangs or ran out of memory: it "
+            f"did not come within {patience:.0f} s; its own output may say why. {REMEDY}"
+        )
+
+    def store(self) -> Any:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in its types
+            address, port, is_master=False, timeout=timedelta(seconds=ASKING), wait_for_workers=False
+        )
+
+
+REMEDY = "No finished step is lost: start again with `resume_from_checkpoint=True`."
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:
@@ -43,6 +187,13 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
     with torch.no_grad():
         for tensor in tensors:
             tensor.copy_(broadcast(tensor.detach().clone()))
+
+
+def broadcast_bytes(content: bytes, device: torch.device) -> bytes:
+    """The bytes that rank 0 has, on every rank."""
+    size = broadcast(torch.tensor([len(content)], device=device))
+    mine = torch.frombuffer(bytearray(content.ljust(int(size), b"\0")[: int(size)] or b"\0"), dtype=torch.uint8)
+    return broadcast(mine.to(device)).cpu().numpy().tobytes()[: int(size)]
 
 
 @contextmanager
@@ -54,36 +205,3 @@ def alone(accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         accelerator.gather, accelerator.gather_for_metrics = originals
-
-
-@contextmanager
-def same_batches(accelerator: Accelerator, seed: int, seed_worker: Callable[..., None]) -> Iterator[None]:
-    """Data loaders prepared inside the block give the same batches to all ranks, instead of a share to each.
-
-    Args:
-        seed: of the order of examples, unless the accelerator has a `data_seed`.
-        seed_worker: what seeds a loader's workers, as `seed_worker(worker_id, num_workers, rank)`.
-    """
-    original, data_seed = accelerator.prepare_data_loader, accelerator.dataloader_config.data_seed
-
-    def prepare(loader: DataLoader, **_: object) -> DataLoader:
-        # workers would be seeded by rank, and random collators would then differ
-        loader.worker_init_fn = partial(seed_worker, num_workers=loader.num_workers, rank=0)
-        return prepare_data_loader(
-            loader,
-            accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            rng_types=accelerator.rng_types.copy(),
-            dispatch_batches=False,
-            use_seedable_sampler=accelerator.use_seedable_sampler,
-            data_seed=seed if data_seed is None else data_seed,  # never a rank's own generator
-            non_blocking=accelerator.non_blocking,
-        )
-
-    accelerator.prepare_data_loader = prepare
-    try:
-        yield
-    finally:
-        accelerator.prepare_data_loader = original

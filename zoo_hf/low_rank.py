@@ -52,6 +52,8 @@ class LowRank:
         self, directions: Sequence[Direction], parameters: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """A/√r, (G, R, r), and B, (G, C, r), in float32 for each of some matrices, made in one call."""
+        if not parameters:
+            return {}
         device = next(iter(parameters.values())).device
         wanted: list[tuple[Blocks, int]] = []
         for name, parameter in parameters.items():

@@ -25,7 +25,7 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 
 # what a stream is for; no two purposes share a counter
-PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_DROPOUT = 0, 1, 2, 4
+PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_DROPOUT, PURPOSE_BATCH = 0, 1, 2, 4, 6
 
 # what is made at once: much to save calls, little to stay in the cache and in the memory of inference
 BLOCK_BYTES = 16  # packed, of every distribution
@@ -119,8 +119,17 @@ def check_names(names: Sequence[str]) -> None:
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
     """Seed of the dropout masks that all members of a step share on one of its micro-batches, in [0, 2³²)."""
-    counter = torch.tensor([micro_batch, PURPOSE_DROPOUT, 0, step])
-    return int(philox4x32(counter, torch.tensor([seed, 0]))[0])
+    return _number(seed, micro_batch, PURPOSE_DROPOUT, step)
+
+
+def batch_seed(seed: int, epoch: int, place: int) -> int:
+    """Seed of what is random in making the batch at a place in an epoch, in [0, 2³²)."""
+    return _number(seed, place, PURPOSE_BATCH, epoch)
+
+
+def _number(seed: int, block: int, purpose: int, step: int) -> int:
+    """A 32-bit number that belongs to no parameter."""
+    return int(philox4x32(torch.tensor([block, purpose, 0, step]), torch.tensor([seed, 0]))[0])
 
 
 def count(parts: Sequence[Blocks]) -> int:
@@ -273,7 +282,7 @@ def unpacked(
     parts, numels = [part for part, _ in wanted], [numel for _, numel in wanted]
     packed = torch.cat(packed_noise(distribution, directions, parts, device), dim=1)
     lengths = [(part.stop - part.start) * distribution.entries_per_block for part in parts]
-    rows = torch.empty(len(directions), sum(lengths), device=device)
+    rows = torch.empty(len(directions), sum(lengths), dtype=torch.float32, device=device)
     distribution.unpack_(rows.view(-1), packed.flatten(), 1.0)
     return [row[:, :numel] for row, numel in zip(rows.split(lengths, dim=1), numels, strict=True)]
 

@@ -7,8 +7,10 @@ making the members' matrices.
 Letters: P members, d weights.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +68,20 @@ def evaluate(objective: Objective, model: nn.Module, parameters: Parameters, wei
         }
         return scalar(functional_call(within, named, ()))
 
+    check_embeddings(model)
     # torch's attention kernel for a CPU has no rule for vmap: it would run member by member
-    with unchanged(model), OneDtype(), sdpa_kernel(SDPBackend.MATH):
+    with unchanged(model), LikeAutocast(), sdpa_kernel(SDPBackend.MATH):
         return vmap(loss, randomness="same")(weights)
+
+
+def check_embeddings(model: nn.Module) -> None:
+    """Raises: ValueError where an embedding shortens its rows when it looks them up, which writes θ itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(RENORMED.format(f"{name}: max_norm={module.max_norm}"))
+
+
+RENORMED = "{} makes an embedding write its weight, which members of a population share: set `max_norm=None`"
 
 
 @contextmanager
@@ -76,35 +89,98 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Put back tensors that a forward pass sets in the model's modules: they would be all members', and dead.
 
     Raises:
-        RuntimeError: after the block, when it did set some: such a model is no function of its weights and its inputs.
+        RuntimeError: after the block, when it did set some, or wrote into one: such a model is no function of its
+            weights and its inputs.
     """
-    before = [(module, vars(module) | module._buffers) for module in model.modules()]
+    before = {name: (module, vars(module) | module._buffers) for name, module in model.named_modules()}
+    versions = {name: {key: version(value) for key, value in own.items()} for name, (_, own) in before.items()}
+    weights = {name: (parameter, version(parameter)) for name, parameter in model.named_parameters()}
     changed = set()
     try:
         yield
     finally:
-        for module, own in before:
-            for place in (vars(module), module._buffers):
-                for name in [n for n, value in place.items() if isinstance(value, Tensor) and own.get(n) is not value]:
-                    changed.add(name)
-                    place[name] = own.get(name)
+        for path, (module, own) in before.items():
+            changed |= {f"{path}.{name}".lstrip(".") for name in put_back_(module, own)}
+            written = {name for name, value in own.items() if version(value) != versions[path][name]}
+            changed |= {f"{path}.{name}".lstrip(".") for name in written}
+        changed |= {name for name, (parameter, number) in weights.items() if version(parameter) != number}
     if changed:
         raise RuntimeError(f"a forward pass sets {', '.join(sorted(changed))} in the model")
 
 
-class OneDtype(TorchFunctionMode):
-    """Attention gets queries, keys and values of one dtype, as autocast would see to if it saw it under vmap."""
+def put_back_(module: nn.Module, own: dict[str, Any]) -> set[str]:
+    """Put back the tensors of a module that are others than its own; their names."""
+    changed = set()
+    for place in (vars(module), module._buffers):
+        for name in [n for n, value in place.items() if isinstance(value, Tensor) and own.get(n) is not value]:
+            changed.add(name)
+            place[name] = own.get(name)
+    return changed
+
+
+def version(value: Any) -> int:
+    """How often a tensor was written in place; those made in inference mode do not count it."""
+    return 0 if not isinstance(value, Tensor) or value.is_inference() else value._version
+
+
+class LikeAutocast(TorchFunctionMode):
+    """Layers that vmap takes apart before autocast sees them get the dtypes that autocast would give them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        replaced = attention if func is F.scaled_dot_product_attention else func
-        return replaced(*args, **(kwargs or {}))
+        return REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """torch's, in the dtype of autocast or of the queries."""
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = autocast_dtype(query) or query.dtype
     return F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), *args, **kwargs)
+
+
+def norm(of: Callable[..., Tensor], input: Tensor, *sizes: Any, **weights: Any) -> Tensor:
+    """torch's layer or group norm, whose weights may be wider than the input; then all is computed in their dtype."""
+    wide = [value.dtype for value in (*sizes, *weights.values()) if isinstance(value, Tensor)]
+    if not wide or wide[0] == input.dtype:
+        return of(input, *sizes, **weights)
+    found = of(input.to(wide[0]), *sizes, **weights)
+    return found.to(input.dtype) if input.device.type == "cpu" else found  # autocast leaves it wide on a GPU
+
+
+def narrow(of: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A product in autocast's dtype."""
+    return of(*cast(args, None), **cast(kwargs, None))
+
+
+def wide(of: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """A loss in float32 under autocast."""
+    return of(*cast(args, torch.float32), **cast(kwargs, torch.float32))
+
+
+def cast(values: Any, dtype: torch.dtype | None) -> Any:
+    """Under autocast the tensors in another dtype, None for autocast's own; a displaced matrix casts its products."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, DisplacedMatrix) or not value.is_floating_point():
+            return value
+        own = autocast_dtype(value)
+        return value if own is None else value.to(dtype or own)
+
+    return torch.utils._pytree.tree_map(one, values)
+
+
+def autocast_dtype(of: Tensor) -> torch.dtype | None:
+    """What autocast computes products in on a tensor's device; None while it is off."""
+    device = of.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+PRODUCTS = (F.linear, torch.addmm, torch.baddbmm, torch.conv1d, torch.conv2d, torch.conv3d)
+LOSSES = (F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div)
+REPLACED: dict[Any, Callable[..., Tensor]] = {
+    F.scaled_dot_product_attention: attention,
+    **{of: partial(norm, of) for of in (F.layer_norm, F.group_norm)},
+    **{of: partial(narrow, of) for of in PRODUCTS},
+    **{of: partial(wide, of) for of in LOSSES},
+}
 
 
 class Within(nn.Module):
@@ -128,7 +204,7 @@ def member_weights(
     scales = [member.sign * smoothing_radius for member in members]
     weights: dict[str, Any] = {}
     for device, here in by_device(parameters).items():
-        own = torch.tensor(rows, device=device), torch.tensor(scales, device=device)
+        own = torch.tensor(rows, device=device), torch.tensor(scales, dtype=torch.float32, device=device)
         matrices = {name: p for name, p in here.items() if is_low_rank(kind, name)}
         weights |= stacked({name: p for name, p in here.items() if name not in matrices}, directions, *own, full(kind))
         if matrices:
@@ -232,17 +308,21 @@ def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, rig
         left: A, (O, r), of one member; stacked by vmap, as are B and x.
         right: B, (I, r).
     """
-    rows = x.reshape(-1, x.shape[-1])  # (K, I)
-    y = F.linear(rows, weight, bias)  # (K, O)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # (K, I)
+    y = shared = F.linear(rows, weight, bias)  # (K, O)
     projected = (right.mT @ rows.mT).mT  # (K, r); x @ right would take four times as long
     for column in range(left.shape[1]):
         y = torch.addcmul(y, projected[:, column, None], left[:, column])
-    return y.view(*x.shape[:-1], -1)
+    return y.to(shared.dtype).view(*x.shape[:-1], y.shape[-1])  # wide factors widen it under autocast
 
 
-def embedding(input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+def embedding(
+    input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, *others: Any, **by: Any
+) -> Tensor:
     """torch's: rows of W and of A, the latter times Bᵀ."""
-    found = F.embedding(input, weight.base, *args, **kwargs)
+    if max_norm is not None:
+        raise ValueError(RENORMED.format(f"max_norm={max_norm}"))
+    found = F.embedding(input, weight.base, padding_idx, None, *others, **by)
     return found + F.embedding(input, weight.left) @ weight.right.mT
 
 

@@ -4,34 +4,31 @@ A zero-order estimate is only another way to arrive at a gradient: `training_ste
 applies it, and all else is the Trainer's.
 """
 
-import contextlib
-import copy
 import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from accelerate.optimizer import AcceleratedOptimizer
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import seed_worker
+from transformers.trainer_utils import TrainOutput, seed_worker
 
+from .agreement import RanksCallback, check_start
+from .batches import same_batches
 from .cards import model_card
 from .carry import state_after, with_state
 from .config import SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
-from .distributed import alone, broadcast_, exchange, same_batches, share
-from .estimators import ESTIMATORS, Estimate, Estimator
-from .low_rank import kind_of
-from .noise import Direction, dropout_seed
-from .perturbation import Member, Objective, probing_mode, seeded
+from .distributed import Ranks, alone, broadcast_
+from .estimators import Estimate
+from .interrupt import Interrupted, Signals
+from .objective import member_losses, plan, probes_of
 from .preparation import check_weights, prepare_
-from .probes import Probes
+from .recovery import Recorder, Start, recorder_of, start_of
+from .replay import estimate_of
 from .update import Update, check_optimizer
 
 
@@ -64,10 +61,13 @@ class ZOOTrainerMixin(Base):
     def __init__(self, *args: Any, **kwargs: Any):
         self.update: Any = None  # an Update, once the optimizer is made
         self.current_gradient_accumulation_steps = 1  # until `train` counts them
-        self._losses: list[Tensor] = []  # of the members, for each micro-batch so far
-        self._figures = Figures()
-        self._probes: Any = None  # Probes, from the first step on
+        self.losses: list[Tensor] = []  # of the members, for each micro-batch so far
+        self.probes: Any = None  # Probes, from the first step on
+        self.signals = Signals()
+        self._figures, self._start = Figures(), Start()
+        self._recorder: Recorder | None = None  # from the first step of `train` on
         super().__init__(*args, **kwargs)
+        self.add_callback(RanksCallback(self))
         self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
         if self.optimizer is not None:
             check_optimizer(type(self.optimizer).__name__)
@@ -89,6 +89,7 @@ class ZOOTrainerMixin(Base):
             raise ValueError(SHARDING)
         if accelerator.num_processes > 1:
             refuse_with_ranks(self.args)
+        self.ranks = Ranks(accelerator, self.args.ddp_timeout)
         accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
         accelerator.clip_grad_norm_ = self._clip_
         if accelerator.scaler is not None:
@@ -96,13 +97,13 @@ class ZOOTrainerMixin(Base):
 
     def get_train_dataloader(self) -> DataLoader:
         """Every rank gets the same batches, as ranks share out the members and not the data."""
-        with same_batches(self.accelerator, self.args.seed, seed_worker):
+        with same_batches(self.accelerator, self.args.seed, seed_worker, epoch=lambda: int(self.state.epoch or 0)):
             return super().get_train_dataloader()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
-        self._losses, self._figures, self._probes = [], Figures(), None  # another run may have left some
+        self.losses, self._figures, self.probes, self._recorder = [], Figures(), None, None  # another run's
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -112,53 +113,81 @@ class ZOOTrainerMixin(Base):
         self.update.settings = settings(self.args)
         return self.optimizer
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's, but a run that is resumed goes on from its last *step*, bit for bit.
+
+        Args:
+            resume_from_checkpoint: True for the newest checkpoint and all steps that the trajectory has since then, or
+                the trajectory alone; the path of an earlier checkpoint drops what came after it.
+
+        Raises:
+            TrajectoryError: the trajectory is damaged, or of another run and there is no checkpoint.
+        """
+        self._start = start_of(str(self.args.output_dir), resume_from_checkpoint)
+        with Signals() as self.signals:
+            try:
+                return super().train(self._start.checkpoint, *args, **kwargs)
+            except Interrupted:
+                if self.state.global_step > 0:
+                    self._save_checkpoint(self.model_wrapped, trial=None)
+                raise
+            finally:
+                self._recorder = None
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Losses of this rank's members; after the last micro-batch, the estimate from the losses of all ranks.
 
         The directions are those of the update, the same for all its micro-batches, and coefficients are linear in the
-        loss: accumulated losses give the coefficients of one large batch.
+        loss: accumulated losses give the coefficients of one large batch. A step that is recorded is not evaluated.
         """
         start = time.perf_counter()
-        self._enter_training(model)
-        args, inputs = self.args, with_state(self._prepare_inputs(inputs), self.update.carried_state)
+        self._enter_training(model, inputs)
+        inputs = with_state(self._prepare_inputs(inputs), self.update.carried_state)
         estimator, directions, members = plan(self)
-        mine = members[share(len(members), self.accelerator.process_index, self.accelerator.num_processes)]
-        with probing_mode(model, dropout=args.dropout), alone(self.accelerator), first_booking(self) as book:
-            losses = self._probes.losses(
-                objective_of(self, model, inputs, num_items_in_batch, after=book),
-                self.update.parameters,
-                mine,
-                args.smoothing_radius,
-                model=self.accelerator.unwrap_model(model, keep_torch_compile=False),
-                distribution=estimator.distribution,
-                of=(len(members), numbers_in(inputs)),
+        known = self._recorder.recorded.get(self.state.global_step) if self._recorder else None
+        if not known:
+            losses = member_losses(
+                self, model, inputs, num_items_in_batch, members=members, kind=estimator.distribution
             )
-            self.update.population = self._probes.chosen
-            if args.carry_state:
-                self.update.carried_state = state_after(self, model, inputs)
-        # divided here and not in the objective: in float64
-        scale = 1 if loss_is_scaled(self, num_items_in_batch) else self.current_gradient_accumulation_steps
-        self._losses.append(losses / scale)
-        passes = len(members) + args.carry_state
+            self.losses.append(losses)
+        if self.args.carry_state:
+            self.update.carried_state = state_after(self, model, inputs)
+        passes = len(members) + self.args.carry_state
         self.update.forward_passes += passes
-        self._figures.add(passes, time.perf_counter() - start)
+        self._figures.add(0 if known else passes, time.perf_counter() - start)
         if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=args.device)
-        losses = exchange(functools.reduce(torch.add, self._losses), len(members), self.accelerator)
-        self._losses = []
-        estimate = estimator.estimate(directions, losses)
+            return torch.zeros((), device=self.args.device)
+        if known and self._recorder:
+            self.probes.chosen[known.numbers] = known.members
+            estimate = estimate_of(self.update, self._recorder.header, known)
+        else:
+            total = self.ranks.exchange(functools.reduce(torch.add, self.losses), len(members))
+            estimate = estimator.estimate(directions, total)
+            if self._recorder:
+                self._recorder.append(self, estimate, self.probes.key(inputs))
+        self.losses = []
+        self.update.population = self.probes.chosen
         self._figures.estimates.append(estimate)
         self.update.hold(estimate)  # applied by the optimizer's step, one parameter at a time
-        return torch.tensor(estimate.loss, device=args.device)
+        return torch.tensor(estimate.loss, device=self.args.device)
 
-    def _enter_training(self, model: nn.Module) -> None:
+    def _enter_training(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """As a step of the stock Trainer begins: after an evaluation, model and optimizer are in another mode."""
         if self.update is None:  # outside of `train`
             self.create_optimizer()
-        self._probes = self._probes or probes_of(self)  # after a checkpoint was loaded, if there is one
+        if self.probes is None:  # after a checkpoint was loaded, if there is one
+            self.probes = probes_of(self)
+            if self.is_in_train:
+                self._recorder = recorder_of(self, self._start)
+                check_start(self, self._recorder.header, inputs)
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
+
+    def forget_after(self, step: int) -> None:
+        """Drop what is recorded after a number of steps."""
+        if self._recorder and self._recorder.trajectory:
+            self._recorder.trajectory.cut(step)
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Norm of the estimate before clipping; none is computed, or logged, when nothing is clipped."""
@@ -168,7 +197,7 @@ class ZOOTrainerMixin(Base):
         """Adds forward passes to every entry, and to training losses their speed and what the estimates were like."""
         extra: dict[str, float] = {"forward_passes": self.update.forward_passes if self.update else 0}
         if "loss" in logs and self._figures.estimates:
-            extra |= self._figures.entry()
+            extra |= self._figures.entry(self.ranks)
             self._figures = Figures()
         entry = logs | extra
         super().log(entry, start_time)
@@ -217,87 +246,17 @@ class Figures:
         self.probes, self.seconds = 0, 0.0
 
     def add(self, probes: int, seconds: float) -> None:
-        """Count the probes of a micro-batch, of all ranks."""
+        """Count the probes of a micro-batch, of all ranks, none where its step is repeated."""
         self.probes, self.seconds = self.probes + probes, self.seconds + seconds
 
-    def entry(self) -> dict[str, float]:
-        """The speed, and what the estimates were like."""
+    def entry(self, ranks: Ranks) -> dict[str, float]:
+        """The speed, what the estimates were like, and what a rank told the others."""
         finite = [e.coefficients[e.coefficients.isfinite()] for e in self.estimates]
-        return {
+        found = {
             "forward_passes_per_second": round(self.probes / self.seconds, 3),
             "coefficient_spread": torch.cat(finite).std(correction=0).item(),
             "left_out": sum(e.left_out for e in self.estimates) / len(self.estimates),
         }
-
-
-def objective_of(
-    trainer: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any, *, after: Callable[[], None]
-) -> Objective:
-    """The trainer's loss of a batch at the model's present weights; `after` is called when it is computed."""
-    masks: Callable[[], Any] = contextlib.nullcontext
-    if trainer.args.dropout:
-        seed = dropout_seed(trainer.args.seed, trainer.state.global_step, len(trainer._losses))
-        masks = functools.partial(seeded, seed, trainer.args.device)
-
-    def objective() -> Tensor:
-        # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
-        with masks(), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-        after()
-        return loss
-
-    return objective
-
-
-def plan(trainer: Any) -> tuple[Estimator, list[Direction], list[Member]]:
-    """The present step's estimator, directions and members."""
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    kind = kind_of(args.distribution, model, args.direction_rank)
-    estimator = ESTIMATORS[args.estimator](args.smoothing_radius, kind)
-    directions = [Direction(args.seed, trainer.state.global_step, i) for i in range(args.num_directions)]
-    return estimator, directions, estimator.members(directions)
-
-
-def probes_of(trainer: Any) -> Probes:
-    """How members are evaluated in this run; what `auto` chose before it was resumed is kept."""
-    args = trainer.args
-    choice = "serial" if args.probes == "auto" and not may_be_a_population(trainer) else args.probes
-    return Probes(choice, args.members_per_forward, trainer.update.population if choice == "auto" else {})
-
-
-def may_be_a_population(trainer: Any) -> bool:
-    """Whether nobody minds that a forward pass is of many members, who did not ask for it.
-
-    A trainer's own `compute_loss`, and hooks, may keep what they see; compiled code would be compiled anew.
-    """
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
-    return type(trainer).compute_loss is Trainer.compute_loss and not hooks and not trainer.args.torch_compile
-
-
-def numbers_in(inputs: dict[str, Any]) -> int:
-    """Entries of all tensors of a batch: what its forward pass takes grows with them."""
-    return sum(value.numel() for value in inputs.values() if isinstance(value, Tensor))
-
-
-def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether the loss is a share of all micro-batches' loss; else it is the mean of one micro-batch."""
-    # goes when transformers >= 5.19, which lets a trainer say so, is required
-    if Version(transformers.__version__) >= Version("5.19.0") and trainer.loss_is_scaled_for_ga is not None:
-        return trainer.loss_is_scaled_for_ga
-    summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-    return summed or trainer.compute_loss_func is not None
-
-
-@contextlib.contextmanager
-def first_booking(trainer: Any) -> Iterator[Callable[[], None]]:
-    """Call what is yielded after every probe: of what they add to the trainer's books, the first one's is kept."""
-    kept: dict[str, Any] = {}
-
-    def book() -> None:
-        if not kept:
-            kept.update({name: copy.deepcopy(vars(trainer)[name]) for name in trainer.booked if name in vars(trainer)})
-
-    try:
-        yield book
-    finally:
-        vars(trainer).update(kept)
+        if ranks.several:
+            found["bytes_to_other_ranks"] = ranks.take_bytes() / len(self.estimates)
+        return found

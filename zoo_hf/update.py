@@ -14,7 +14,7 @@ from .noise import CHUNK, check_names
 
 logger = logging.getLogger(__name__)
 
-OWN = ("forward_passes", "carried_state", "population")  # of an Update, saved with the optimizer's
+OWN = ("forward_passes", "carried_state", "population", "trajectory")  # of an Update, saved with the optimizer's
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
 SEPARATE = ("torch.optim.", "transformers.", "bitsandbytes.")
@@ -60,7 +60,8 @@ class Update(torch.optim.Optimizer):
         self.forward_passes = 0  # of the whole run, saved with the optimizer as are the settings it was made with
         self.settings: dict[str, Any] = {}
         self.carried_state: Tensor | None = None  # of a recurrent model, from batch to batch, and saved as well
-        self.population: dict[int, int] = {}  # numbers in a batch → members a forward pass, as chosen; saved as well
+        self.population: dict[int, int] = {}  # a batch's key → members a forward pass, as chosen; saved as well
+        self.trajectory = 0  # identity of the run's record, 0 for none; saved as well
         self.estimate: Estimate | None = None
         self.clip = 1.0
 

@@ -83,6 +83,8 @@ class Gathering(ZOOTrainer):
         return loss
 
 
+SEVERAL = ("central", "split_pair", "forward", "shares", "population")  # for other numbers of ranks than two
+
 CASES: dict[str, dict[str, Any]] = {
     "central": {"num_directions": 8},
     "split_pair": {"num_directions": 5},
@@ -96,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gathering": {"num_directions": 4, "estimator": "forward", "trainer": Gathering},
     "clipped": {"max_grad_norm": 1.0, "optim": "sgd"},
     "population": {"probes": "population", "members_per_forward": 2, "distribution": "low_rank"},
+    "shares": {"data": "split", "num_directions": 5, "per_device_train_batch_size": 8},
     "carried": {"model": byte_lstm, "dataset": streams, "carry_state": True, "per_device_train_batch_size": 2},
     "logged": {"logging_strategy": "steps", "logging_steps": 1, "include_num_input_tokens_seen": "all"},
 }
@@ -171,13 +174,14 @@ def train(case: str, folder: Path, *, rank: int = 0, resume: bool = False, **arg
         "steps": trainer.state.global_step,
         "forward_passes": trainer.update.forward_passes,
         "tokens": trainer.state.num_input_tokens_seen,
+        "bytes": [e["bytes_to_other_ranks"] for e in trainer.state.log_history if "bytes_to_other_ranks" in e],
         "world_size": trainer.accelerator.num_processes,
     }
 
 
 def main(folder: Path) -> None:
-    rank = int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0
-    results = {case: train(case, folder, rank=rank) for case in CASES}
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    results = {case: train(case, folder, rank=rank) for case in (CASES if ranks == 2 else SEVERAL)}
     results["resumed"] = train("central", folder, rank=rank, resume=True)
     torch.save(results, folder / f"rank{rank}.pt")
 

@@ -1,0 +1,168 @@
+"""From where a run goes on, and its trajectory: steps that are recorded are repeated, new ones are recorded."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.trainer_callback import TrainerState
+
+from .cards import versions
+from .config import settings
+from .distributed import broadcast_bytes
+from .estimators import Estimate
+from .objective import kind_of_run
+from .record import Header, Step, TrajectoryError, options
+from .replay import header_of, options_of, rates_of
+from .trajectory import FILE_NAME, Trajectory
+
+
+logger = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """From where a run goes on.
+
+    Args:
+        checkpoint: its folder; None: the weights that the model has.
+        goes_on: whether the recorded steps after it count.
+        fresh: whether it is another run than the one that is recorded.
+    """
+
+    checkpoint: str | bool | None = None
+    goes_on: bool = False
+    fresh: bool = True
+
+
+def start_of(output_dir: str, resume: str | bool | None) -> Start:
+    """What `resume_from_checkpoint` stands for.
+
+    `True` is the newest whole checkpoint and all steps recorded since, or the recorded steps alone; so is a restart by
+    torchrun. The path of an earlier checkpoint drops the steps recorded since.
+    """
+    newest = newest_checkpoint(output_dir)
+    recorded = Path(output_dir, FILE_NAME).exists()
+    if not resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (newest or recorded):
+        resume = True
+    if not resume:
+        return Start()
+    if resume is True:
+        return Start(newest if newest or recorded else True, goes_on=True, fresh=False)
+    same = newest is not None and os.path.realpath(resume) == os.path.realpath(newest)
+    return Start(resume, goes_on=same, fresh=False)
+
+
+def newest_checkpoint(output_dir: str) -> str | None:
+    """The newest folder `checkpoint-<step>` that was written to its end; its `trainer_state.json` is written last."""
+    folders = {
+        int(m[1]): path for path in Path(output_dir).glob("*/") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    for step in sorted(folders, reverse=True):
+        try:
+            if TrainerState.load_from_json(str(folders[step] / "trainer_state.json")).global_step == step:
+                return str(folders[step])
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"{folders[step]} was not written to its end, and is left aside.")
+    return None
+
+
+class Recorder:
+    """The trajectory of the present run, written by the first process.
+
+    Args:
+        header: of the run.
+        recorded: steps that are there already, to be repeated.
+        trajectory: the file, on the first process.
+    """
+
+    def __init__(self, header: Header, recorded: dict[int, Step], trajectory: Trajectory | None):
+        self.header, self.recorded, self.trajectory = header, recorded, trajectory
+
+    def append(self, trainer: Any, estimate: Estimate, numbers: int) -> None:
+        """Record a step that is about to be made.
+
+        Args:
+            numbers: in the last micro-batch.
+
+        Raises:
+            OSError: it could not be written.
+            ValueError: a scheduler has changed more than the learning rate.
+        """
+        update = trainer.update
+        if self.header.optimizer.startswith("torch.optim.") and options_of(update) != options(self.header):
+            raise ValueError(
+                f"The optimizer's options are {options_of(update)} at step {trainer.state.global_step} and were "
+                f"{options(self.header)}: only learning rates may change in a run (`cycle_momentum=False`)."
+            )
+        if self.trajectory is not None:
+            step = Step(
+                trainer.state.global_step,
+                rates_of(update),
+                trainer.args.smoothing_radius,
+                estimate.loss,
+                estimate.coefficients,
+                numbers,
+                trainer.probes.chosen.get(numbers, 1),
+            )
+            self.trajectory.append(step)
+
+
+def recorder_of(trainer: Any, start: Start) -> Recorder:
+    """The recorder of a run that is about to make its first step; all ranks get the recorded steps of the first."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    header = header_of(
+        model,
+        trainer.update,
+        settings(trainer.args),
+        kind_of_run(trainer),
+        first_step=trainer.state.global_step,
+        versions=versions(),
+    )
+    trajectory = open_trajectory(trainer, header, start) if trainer.is_world_process_zero() else None
+    steps = [step for step in trajectory or () if step.step >= header.first_step]
+    if trainer.ranks.several:
+        bodies = broadcast_bytes(b"".join(map(header.pack, steps)), trainer.args.device)
+        length = header.step_bytes
+        steps = [header.unpack(bodies[first : first + length]) for first in range(0, len(bodies), length)]
+    if steps:
+        logger.info(f"Steps {steps[0].step} to {steps[-1].step} are repeated from the trajectory.")
+    return Recorder(header, {step.step: step for step in steps}, trajectory)
+
+
+def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
+    """The run's file: gone on with where it fits, else a new one.
+
+    Raises:
+        TrajectoryError: there is no checkpoint, and what is recorded is of another run.
+    """
+    path, now = Path(trainer.args.output_dir, FILE_NAME), header.first_step
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = None if start.fresh else Trajectory.find(path)
+    if found is not None:
+        wrong = mismatch(trainer, header, found)
+        if wrong and start.checkpoint is None:
+            raise TrajectoryError(f"{path}: the run cannot go on, as there is no checkpoint and {wrong}.")
+        if not wrong:
+            if not start.goes_on:
+                found.cut(now)
+            trainer.update.trajectory = found.identity
+            return found
+        logger.warning(f"{path} cannot be gone on with, as {wrong}: a new one begins at step {now}.")
+    made = Trajectory.create(path, header)
+    trainer.update.trajectory = made.identity
+    return made
+
+
+def mismatch(trainer: Any, header: Header, found: Trajectory) -> str:
+    """Why a trajectory cannot be gone on with from the present step, in words; empty when it can."""
+    differences = header.differences(found.header)
+    if differences:
+        return "; ".join(differences)
+    if trainer.update.trajectory not in (0, found.identity):
+        return "it is not that of the checkpoint's run"
+    if not found.header.first_step <= header.first_step <= found.stop:
+        return f"it has steps {found.header.first_step} to {found.stop - 1}"
+    if header.first_step == found.header.first_step and header.start != found.header.start:
+        return "the model's weights are not those it started from"
+    return ""
