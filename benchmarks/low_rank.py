@@ -23,7 +23,12 @@ from zoo_hf.tasks import byte_tokenizer, python_documentation, token_blocks
 
 
 KINDS = {"full": "rademacher", "low rank": "low_rank"}
-RATES = {32: (2e-2, 4e-2, 8e-2, 16e-2), 128: (4e-2, 8e-2, 16e-2, 32e-2), 512: (8e-2, 16e-2, 32e-2, 64e-2), 2048: (16e-2, 32e-2, 64e-2, 128e-2)}
+RATES = {
+    32: (2e-2, 4e-2, 8e-2, 16e-2),
+    128: (4e-2, 8e-2, 16e-2, 32e-2),
+    512: (8e-2, 16e-2, 32e-2, 64e-2),
+    2048: (16e-2, 32e-2, 64e-2, 128e-2),
+}
 
 
 def main() -> None:

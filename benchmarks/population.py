@@ -1,12 +1,13 @@
 """Steps with many members in one forward pass beside steps with one at a time, and one layer beside itself.
 
-    python benchmarks/population.py                      # 10 minutes on two cores
-    python benchmarks/population.py --models llama slstm --members 64
+    python benchmarks/population.py                      # 20 minutes on two cores; 4, 16 and 64 members
+    python benchmarks/population.py --models llama slstm --members 64    # in part: on the terminal alone
 
 First small models, one batch of 1 × 32 and 4 × 32 tokens: a whole step (noise, probes, update with SGD) of `serial`
-and `population` probes and of what `auto` takes, over their floor, the step's 2n forward passes alone under
-`no_grad`. All are interleaved in one process; figures are medians. Then a linear layer, 2048 × 2048 in bfloat16: 256
-rows for 64 members with low-rank displacements of their own, noise included, beside the plain layer on the same rows.
+and `population` probes and of what `auto` takes, over their floor, the step's 2n forward passes alone in inference
+mode, as steps run them. All are interleaved in one process; figures are medians, and of `auto` also the slowest and
+the fastest step beside the floor of the same round. Then a linear layer, 2048 × 2048 in bfloat16: 256 rows for 64
+members with low-rank displacements of their own, noise included, beside the plain layer on the same rows.
 `--fit` adds the constants of `zoo_hf.probes.RATES` that these times ask for.
 """
 
@@ -52,10 +53,6 @@ def rnn(cell_type: str, embedding_size: int, hidden_size: int, num_heads: int = 
 
 
 LLAMA = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
-MAMBA2 = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 5, "num_heads": 4, "head_dim": 32} | {
-    "state_size": 16,
-    "n_groups": 1,
-}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=4, tie_word_embeddings=True)),
     "lstm": lambda: rnn("lstm", 96, 160),
@@ -79,7 +76,8 @@ WAYS = {  # name: (distribution, probes)
     "population": ("rademacher", "population"),
     "population, low rank": ("low_rank", "population"),
 }
-TIMED = ("serial", "auto", "auto, low rank")
+AUTO = ("auto", "auto, low rank")
+TIMED = ("serial", *AUTO, "population", "population, low rank")
 
 
 def main() -> None:
@@ -105,9 +103,10 @@ def main() -> None:
     memory = [row_of_memory(name) for name in options.models]
     print(table(rows))
     print(table(memory))
-    save_results("population", rows, plot)
-    save_results("population_memory", memory, plot_memory)
-    save_results("population_layer", layer, plot_layer)
+    if all(vars(options)[name] == parser.get_default(name) for name in ("models", "members", "rows")):
+        save_results("population", rows, plot)
+        save_results("population_memory", memory, plot_memory)
+        save_results("population_layer", layer, plot_layer)
     if options.fit:
         print(fit(rows))
 
@@ -130,6 +129,7 @@ class Steps:
     def loss(self) -> torch.Tensor:
         return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
 
+    @torch.inference_mode()  # as in steps
     def floor(self) -> None:
         for _ in range(self.members):
             self.loss()
@@ -140,24 +140,26 @@ class Steps:
         estimator = CentralDifference(1e-3, self.kinds[way])
         arguments = self.loss, self.parameters, estimator.members(directions), 1e-3
         with torch.inference_mode():
-            losses = self.probes[way].losses(*arguments, model=self.model, distribution=self.kinds[way])
+            how = {"model": self.model, "distribution": self.kinds[way], "batch": {"input_ids": self.ids}}
+            losses = self.probes[way].losses(*arguments, **how)
         self.update.hold(estimator.estimate(directions, losses))
         self.update.step()
 
 
 @torch.no_grad()
 def measure(name: str, rows: int, members: int, rounds: int) -> dict[str, object]:
-    """Medians in milliseconds, and the floor over the time of a step."""
+    """Medians in milliseconds, the floor over the time of a step, and of `auto` the range of that."""
     steps = Steps(name, rows, members)
     runs: dict[str, Callable[[], object]] = {"floor": steps.floor} | {way: partial(steps.step, way) for way in TIMED}
     seconds = interleaved(runs, rounds)
-    faster = {
-        f"floor / {way}": statistics.median(a / b for a, b in zip(seconds["floor"], seconds[way], strict=True))
-        for way in TIMED
-    }
-    chosen = {f"{way}: members a pass": max(steps.probes[way].chosen.values()) for way in TIMED[1:]}
+    faster = {way: [a / b for a, b in zip(seconds["floor"], seconds[way], strict=True)] for way in TIMED}
+    ratios = {f"floor / {way}": statistics.median(faster[way]) for way in TIMED}
+    ranges = {f"{way}: slowest, fastest": f"{min(faster[way]):.2f}, {max(faster[way]):.2f}" for way in AUTO}
+    # a step with few members has no choice of its own
+    chosen = {f"{way}: members a pass": max(steps.probes[way].chosen.values(), default=1) for way in AUTO}
     about = {"model": name, "weights": steps.model.num_parameters(), "batch": f"{rows} × 32", "members": members}
-    return about | {f"{way} ms": 1e3 * statistics.median(times) for way, times in seconds.items()} | faster | chosen
+    times = {f"{way} ms": 1e3 * statistics.median(times) for way, times in seconds.items()}
+    return about | times | ratios | ranges | chosen
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -6,8 +6,10 @@ from importlib.metadata import entry_points, version
 import pytest
 import torch
 import transformers
+from conftest import texts
+from transformers import set_seed
 
-from zoo_hf import cli
+from zoo_hf import RNNConfig, RNNForCausalLM, cli
 
 
 def test_env_is_a_table_of_versions_and_threads(capsys, monkeypatch):
@@ -43,3 +45,63 @@ def test_help_and_mistakes_name_the_commands(arguments, status, capsys):
 def test_the_installed_command_is_this_function():
     (script,) = entry_points(group="console_scripts", name="zoo-hf")
     assert script.load() is cli.main
+
+
+@pytest.fixture
+def trained(trainer, tmp_path):
+    """A folder with a run of four steps of a new model, and the model that it started from."""
+    set_seed(42)
+    model = RNNForCausalLM(RNNConfig(vocab_size=32, embedding_size=8, hidden_size=16))
+    model.save_pretrained(tmp_path / "start")
+    made = trainer(model, texts(10), max_steps=4, output_dir=str(tmp_path / "run"), optim="adamw_torch")
+    made.train()
+    made.save_model()
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["start"], ["run", "--from-config"]], ids=["weights", "configuration"])
+def test_replay_saves_the_weights_of_the_run(trained, arguments, capsys):
+    model, *options = arguments
+    paths = [str(trained / name) for name in (model, "run/trajectory.zoo", "again")]
+    assert cli.main(["replay", *paths, *options]) == 0
+    assert capsys.readouterr().out == f"4 steps made again: {trained / 'again'}\n"
+    assert (trained / "again/model.safetensors").read_bytes() == (trained / "run/model.safetensors").read_bytes()
+    assert cli.main(["replay", *paths, *options, "--upto", "0"]) == 0
+    assert (trained / "again/model.safetensors").read_bytes() == (trained / "start/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["replay", "run", "run/trajectory.zoo", "again"], "the model's weights are not those that the run started"),
+        (["replay", "start", "run/trajectory.zoo", "again", "--upto", "9"], "`upto` must be between 0 and 4"),
+        (["replay", "nothing", "run/trajectory.zoo", "again"], "couldn't find them in the cached files"),
+        (["replay", "start", "run/model.safetensors", "again"], "this is no trajectory of zoo_hf"),
+        (["trajectory", "info", "run/nothing.zoo"], "No such file"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line_and_ends_with_two(trained, arguments, said, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert said in printed[printed.index("zoo-hf: ") :]
+    assert "Traceback" not in printed
+    assert not (trained / "again").exists()
+
+
+def test_info_is_a_table_of_the_run(trained, capsys):
+    assert cli.main(["trajectory", "info", str(trained / "run/trajectory.zoo")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = dict([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert rows["steps"] == "4, from 0"
+    assert rows["optimizer"] == "torch.optim.adamw.AdamW"
+    assert (rows["seed"], rows["num_directions"], rows["pairs left out"]) == ("42", "4", "0 of 16")
+    assert float(rows["loss"].split()[0]) == pytest.approx(3.5, abs=0.1)
+    assert rows["file"].endswith(f"{(trained / 'run/trajectory.zoo').stat().st_size:,} bytes")
+
+
+def test_plot_draws_the_run(trained, capsys):
+    picture = trained / "picture.png"
+    assert cli.main(["trajectory", "plot", str(trained / "run/trajectory.zoo"), "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000

@@ -59,7 +59,6 @@ def launched(request, alone):
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(FORKED)
 @pytest.mark.parametrize("case", [*ranks.CASES, "resumed"])
 def test_two_ranks_end_with_the_bits_of_one_process(alone, launched, case):
@@ -74,13 +73,11 @@ def test_two_ranks_end_with_the_bits_of_one_process(alone, launched, case):
         assert torch.equal(weight, second["weights"][name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(FORKED)
 def test_tokens_that_all_ranks_see_are_counted_once(launched):
     assert [rank["logged"]["tokens"] for rank in launched] == [2 * 10 * 8] * 2  # epochs, sequences, tokens of each
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(FORKED)
 @pytest.mark.parametrize(
     ("case", "members"), [("split_pair", 10), ("wide", 10), ("forward", 5), ("accumulated", 8), ("logged", 8)]
@@ -100,14 +97,12 @@ def test_after_the_start_only_the_members_losses_cross_ranks_whatever_the_models
         assert (name, numel) == ("all_gather", 1), "the count once more, when it ends"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(FORKED)
 def test_the_log_says_how_many_bytes_a_step_gave_to_the_other_ranks(launched):
     for entries in (rank["logged"]["bytes"] for rank in launched):
         assert entries == [8 * 2 * 4] * 6, "a float64 for every member"
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(FORKED)
 @pytest.mark.parametrize("processes", [3, 4, 8])
 def test_any_number_of_ranks_ends_with_the_bits_of_one_process(alone, processes):

@@ -158,7 +158,6 @@ def test_saved_model_goes_on_from_its_state_as_if_it_had_read_all(converted, ids
     assert whole.state.shape == (1, 2 * 2 * 128 + 356 + 1)
 
 
-@pytest.mark.slow
 def test_it_trains_further_without_backpropagation(run, converted, tmp_path):
     run(
         *("run_clm.py", "--model_name_or_path", converted[0], "--do_train", "--do_eval", "--output_dir", tmp_path),

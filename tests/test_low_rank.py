@@ -74,6 +74,22 @@ def test_factors_of_a_direction_do_not_depend_on_what_is_made_beside_them(factor
                 assert torch.equal(whole[row], own[0])
 
 
+def test_of_no_parameters_there_are_no_factors():
+    assert low_rank().factors(names(2), {}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_factors_are_float32_whatever_the_default_dtype(dtype):
+    kind = low_rank("gaussian", 2)
+    expected = kind.factors(names(2), {"w": torch.empty(SHAPE)})["w"]
+    torch.set_default_dtype(dtype)
+    try:
+        found = kind.factors(names(2), {"w": torch.empty(SHAPE)})["w"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_columns_are_the_last_dimension_and_rows_all_others():
     a, b = low_rank(rank=2).factors(names(3), {"w": torch.empty(4, 2, 5, 5)})["w"]
     assert a.shape == (3, 40, 2)

@@ -438,7 +438,6 @@ def test_traced_model_has_the_same_loss(name):
 # torch 2.13's own inductor still imports a module that uses it
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
-@pytest.mark.slow
 def test_compiled_model_has_the_same_loss(name):
     model, ids = small(name), tokens(2, 2)
     with torch.no_grad():

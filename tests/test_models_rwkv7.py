@@ -369,7 +369,6 @@ def test_a_model_made_in_bfloat16_starts_from_the_same_weights():
     near(receptance.mT @ receptance, torch.eye(8), 2e-2)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (importlib.util.find_spec("fla") and importlib.util.find_spec("triton")),
     reason="needs the packages flash-linear-attention 0.6.0, fla-core and triton",

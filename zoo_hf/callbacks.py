@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .trajectory import Trajectory
+
 
 Curve = tuple[list[float], list[float]]  # forward passes, losses
 
@@ -87,6 +89,29 @@ def plot_losses(curves: dict[str, Curve], model: PreTrainedModel, path: Path) ->
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_trajectory(trajectory: Trajectory, path: Path) -> None:
+    """Write a picture of a run to `path`: loss, spread of the coefficients, and learning rates against steps."""
+    from matplotlib.figure import Figure
+
+    found = list(trajectory)
+    steps = [step.step for step in found]
+    rates = zip(*(step.rates for step in found), strict=True)
+    spread = [step.coefficients[step.coefficients.isfinite()].std(correction=0).item() for step in found]
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    losses, coefficients, learning = figure.subplots(3, sharex=True)
+    losses.plot(steps, [step.loss for step in found], color=COLORS[2], linewidth=1)
+    coefficients.plot(steps, spread, color=COLORS[1], linewidth=1)
+    for color, rate in zip(COLORS[2:], rates, strict=False):
+        learning.plot(steps, rate, color=color, linewidth=1)
+    labels = "loss", "standard deviation\nof the coefficients", "learning rate"
+    for axes, label in zip((losses, coefficients, learning), labels, strict=True):
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    learning.set_xlabel("steps")
     figure.savefig(path, dpi=150)
 
 

@@ -3,18 +3,26 @@
 import argparse
 import os
 import platform
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 
+from .callbacks import plot_trajectory
 from .cards import hardware, versions
+from .record import TrajectoryError
+from .replay import replay
+from .trajectory import FILE_NAME, Trajectory
 
 
 SETTINGS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "HF_HUB_OFFLINE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command with `arguments`, by default those of the command line; 0 when it went well."""
+    """Run the command with `arguments`, by default those of the command line; 0 when it went well, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="zoo-hf", description="Trains Hugging Face models, recurrent ones above all, without backpropagation."
     )
@@ -24,9 +32,88 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="print versions, devices and threads, as a table for a bug report",
         description="Prints versions, devices and threads, as a Markdown table to paste into a bug report.",
     )
-    env.set_defaults(run=lambda: print(markdown_table(environment())))
-    parser.parse_args(arguments).run()
+    env.set_defaults(run=lambda _: print(markdown_table(environment())))
+    add_replay(commands)
+    add_trajectory(commands)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (TrajectoryError, OSError, HFValidationError) as error:
+        print(f"zoo-hf: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`zoo-hf replay`."""
+    parser = commands.add_parser(
+        "replay",
+        help="make the trained weights from the starting ones and a trajectory",
+        description="Makes the updates of a run again, without data and without a forward pass, and saves the model.",
+    )
+    parser.add_argument("model", help="folder or name on the Hub of the causal language model the run started from")
+    parser.add_argument("trajectory", help=f"the run's {FILE_NAME}")
+    parser.add_argument("output", help="folder to save the model in")
+    parser.add_argument(
+        "--from-config",
+        action="store_true",
+        help="the run began with new weights: take only the configuration, and initialise it with the run's seed",
+    )
+    parser.add_argument("--upto", type=int, help="stop after this number of steps; all by default")
+    parser.set_defaults(run=run_replay)
+
+
+def run_replay(options: argparse.Namespace) -> None:
+    """Replay and save."""
+    found = Trajectory.open(options.trajectory)
+    model: PreTrainedModel
+    if options.from_config:
+        config = AutoConfig.from_pretrained(options.model)
+        set_seed(found.header.settings["seed"])
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+    replay(model, found, options.upto)
+    model.save_pretrained(options.output)
+    steps = len(found) if options.upto is None else options.upto - found.header.first_step
+    print(f"{steps:,} steps made again: {options.output}")
+
+
+def add_trajectory(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """`zoo-hf trajectory info` and `zoo-hf trajectory plot`."""
+    parser = commands.add_parser(
+        "trajectory", help="what a trajectory says", description="Reads a trajectory, which has to be whole."
+    )
+    actions = parser.add_subparsers(required=True, metavar="action")
+    info = actions.add_parser("info", help="print what run it is, as a table")
+    info.set_defaults(run=lambda options: print(markdown_table(facts(Trajectory.open(options.trajectory)))))
+    plot = actions.add_parser("plot", help="draw loss, coefficients and learning rate against steps")
+    plot.add_argument("--output", type=Path, default=Path("trajectory.png"), help="the picture (trajectory.png)")
+    plot.set_defaults(run=lambda options: plot_trajectory(Trajectory.open(options.trajectory), options.output))
+    for action in (info, plot):
+        action.add_argument("trajectory", help=f"a run's {FILE_NAME}")
+
+
+def facts(found: Trajectory) -> dict[str, str]:
+    """What a trajectory says of its run."""
+    header, steps = found.header, list(found)
+    sizes = [torch.Size(described["shape"]).numel() for described in header.parameters.values()]
+    rows = {
+        "file": f"{found.path}, {found.end:,} bytes",
+        "steps": f"{len(found):,}, from {header.first_step:,}",
+        "trained": f"{sum(sizes):,} weights in {len(sizes):,} parameters",
+        "optimizer": header.optimizer,
+        "starting weights": f"SHA-256 {header.start}",
+        **{name: str(value) for name, value in header.settings.items()},
+        "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
+    }
+    if steps:
+        rates = ", ".join(f"{rate:.3g}" for rate in steps[-1].rates)
+        left_out = sum(int(step.coefficients.isnan().sum()) for step in steps)
+        rows["loss"] = f"{steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at last"
+        rows["last learning rates"] = rates
+        rows["pairs left out"] = f"{left_out:,} of {len(steps) * header.settings['num_directions']:,}"
+    return rows
 
 
 def environment() -> dict[str, str]:

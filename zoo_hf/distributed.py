@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast, synchronize_rng_states
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .interrupt import Interrupted
 
@@ -117,12 +118,13 @@ class Ranks:
         self.bytes += sent.nbytes
         patience = self.timeout if self.last is None else self.longest + PATIENCE
         begun, roll_call = time.monotonic(), RollCall(self.rank, self.world_size)
+        # without it, a rank that has given up could not end: a thread of its own would wait on
+        _set_pg_timeout(timedelta(seconds=patience), self.group)
         try:
             work = begin()
             while not arrived(work):
-                late = time.monotonic() - begun
-                if late > patience or roll_call.called():
-                    raise RuntimeError(f"waited for {late:.0f} s")
+                if roll_call.called():
+                    raise RuntimeError(f"waited for {time.monotonic() - begun:.0f} s")
         except (RuntimeError, OSError) as error:
             raise roll_call.error(patience) from error
         now = time.monotonic()

@@ -92,35 +92,39 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         RuntimeError: after the block, when it did set some, or wrote into one: such a model is no function of its
             weights and its inputs.
     """
-    before = {name: (module, vars(module) | module._buffers) for name, module in model.named_modules()}
-    versions = {name: {key: version(value) for key, value in own.items()} for name, (_, own) in before.items()}
-    weights = {name: (parameter, version(parameter)) for name, parameter in model.named_parameters()}
+    before = [(path, place, dict(place)) for path, module in model.named_modules() for place in places(module)]
+    named = [(path, name, value) for path, _, own in before for name, value in own.items() if type(value) in OFTEN]
+    versions = [(path, name, value, version(value)) for path, name, value in named]
     changed = set()
     try:
         yield
     finally:
-        for path, (module, own) in before.items():
-            changed |= {f"{path}.{name}".lstrip(".") for name in put_back_(module, own)}
-            written = {name for name, value in own.items() if version(value) != versions[path][name]}
-            changed |= {f"{path}.{name}".lstrip(".") for name in written}
-        changed |= {name for name, (parameter, number) in weights.items() if version(parameter) != number}
+        for path, place, own in before:
+            changed |= {f"{path}.{name}" for name in put_back_(place, own)}
+        changed |= {f"{path}.{name}" for path, name, value, number in versions if version(value) != number}
     if changed:
-        raise RuntimeError(f"a forward pass sets {', '.join(sorted(changed))} in the model")
+        names = ", ".join(sorted(name.lstrip(".") for name in changed))
+        raise RuntimeError(f"a forward pass sets {names} in the model")
 
 
-def put_back_(module: nn.Module, own: dict[str, Any]) -> set[str]:
-    """Put back the tensors of a module that are others than its own; their names."""
-    changed = set()
-    for place in (vars(module), module._buffers):
-        for name in [n for n, value in place.items() if isinstance(value, Tensor) and own.get(n) is not value]:
-            changed.add(name)
-            place[name] = own.get(name)
+OFTEN = (Tensor, nn.Parameter)  # `isinstance` would take ten times as long, for each attribute of each module
+
+
+def places(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps tensors."""
+    return vars(module), module._buffers, module._parameters
+
+
+def put_back_(place: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """Put back what is now another tensor; its names."""
+    changed = [n for n, value in place.items() if own.get(n) is not value and isinstance(value, Tensor)]
+    place.update({name: own.get(name) for name in changed})
     return changed
 
 
-def version(value: Any) -> int:
-    """How often a tensor was written in place; those made in inference mode do not count it."""
-    return 0 if not isinstance(value, Tensor) or value.is_inference() else value._version
+def version(tensor: Tensor) -> int:
+    """How often it was written in place; those made in inference mode do not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class LikeAutocast(TorchFunctionMode):
@@ -164,7 +168,7 @@ def cast(values: Any, dtype: torch.dtype | None) -> Any:
         own = autocast_dtype(value)
         return value if own is None else value.to(dtype or own)
 
-    return torch.utils._pytree.tree_map(one, values)
+    return {name: one(v) for name, v in values.items()} if isinstance(values, dict) else [one(v) for v in values]
 
 
 def autocast_dtype(of: Tensor) -> torch.dtype | None:

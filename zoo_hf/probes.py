@@ -42,6 +42,28 @@ class Asked(NamedTuple):
     kind: Kind
 
 
+class Growth(NamedTuple):
+    """The largest batch of a key beside the present one.
+
+    Args:
+        numbers: in all tensors of the largest.
+        linear: what grows with a tensor's entries.
+        quadratic: what also grows with one dimension squared, as attention does, at most.
+    """
+
+    numbers: int
+    linear: float
+    quadratic: float
+
+
+class Measured(NamedTuple):
+    """The work of one member alone and of a population of two, and the bytes of the latter's weights."""
+
+    one: Work
+    two: Work
+    weights: int
+
+
 class Probes:
     """Evaluates the members of a run's steps, in the same way for all batches of about one shape.
 
@@ -64,7 +86,7 @@ class Probes:
 
     def key(self, batch: Mapping[str, Any]) -> int:
         """A number for all batches that share a choice, the same in every process, or `EVERY` when all of them do."""
-        if self._has_stopped():
+        if self.choice == "auto" and EVERY in self.chosen:
             return EVERY
         # what was asked for is a part of it: under other arguments, what a checkpoint brings is no choice
         return zlib.crc32(repr((self.choice, self.members_per_forward, largest(batch))).encode())
@@ -93,23 +115,27 @@ class Probes:
             RuntimeError: a population was asked for, and the model cannot be run as one.
         """
         asked = Asked(objective, parameters, members, smoothing_radius, model, distribution)
-        serial = self.choice == "serial" or self._has_stopped() or (self.choice == "auto" and watched)
-        key = self.key(batch or {})
-        if not serial and len(members) > 1 and key not in self.chosen:
-            self.chosen[key] = self._choose(asked, key, max(total, len(members)), growth(batch or {}))
-        while not serial and len(members) > 1 and self.chosen.get(key, 1) > 1:
-            found = self._population(asked, key)
+        if self.choice == "population" or (self.choice == "auto" and not watched and EVERY not in self.chosen):
+            found = self._together(asked, max(total, len(members)), batch or {})
             if found is not None:
                 return found
         if self.choice == "population" and members:
             self._warn_of_one(asked)
         return probe(objective, parameters, members, smoothing_radius, distribution=distribution)
 
-    def _has_stopped(self) -> bool:
-        """Whether `auto` keeps to one member at a time, as a population failed in this run."""
-        return self.choice == "auto" and EVERY in self.chosen
+    def _together(self, asked: Asked, total: int, batch: Mapping[str, Any]) -> Tensor | None:
+        """Losses by populations; None where members are to be evaluated one at a time."""
+        key = self.key(batch)
+        # a process that has one of a step's members chooses, too: checkpoints bring its choice to those that have two
+        if total > 1 and asked.members and key not in self.chosen:
+            self.chosen[key] = self._choose(asked, key, total, growth(batch))
+        while len(asked.members) > 1 and self.chosen.get(key, 1) > 1:
+            found = self._population(asked, key)
+            if found is not None:
+                return found
+        return None
 
-    def _choose(self, asked: Asked, key: int, total: int, larger: "Growth") -> int:
+    def _choose(self, asked: Asked, key: int, total: int, larger: Growth) -> int:
         """Members a forward pass for all batches of a key, 1 where one at a time is faster.
 
         It depends on shapes alone, and so is always the same.
@@ -125,30 +151,21 @@ class Probes:
             one = work(asked.objective)  # its errors are not those of a population
             if auto and not may_pay(asked, one, larger):
                 return 1
-            two = self._two(asked, key)
-        return 1 if two is None else self._compared(asked, key, total, Measured(one, *two), larger)
+            try:
+                measured = Measured(one, *work_of_two(asked, loops=not auto))
+            except Exception as error:
+                self._failed(error, key, 2)
+                return 1
+        return self._compared(asked, key, total, measured, larger)
 
-    def _two(self, asked: Asked, key: int) -> tuple[Work, int] | None:
-        """The work of a population of two, and the bytes of its weights; None where it failed."""
-        members = [*asked.members, *asked.members][:2]  # a process may have one of a step's members
-        try:
-            weights = member_weights(asked.parameters, members, asked.smoothing_radius, asked.kind)
-            with warnings.catch_warnings():
-                if self.choice == "auto":  # what has no rule for vmap runs member by member, which does not pay
-                    warnings.filterwarnings("error", message=".*batching rule")
-                two = work(lambda: evaluate(asked.objective, asked.model, asked.parameters, weights))
-        except Exception as error:
-            self._failed(error, key, 2)
-            return None
-        return two, sum(tensor.nbytes for tensor in tensors(weights))
-
-    def _compared(self, asked: Asked, key: int, total: int, measured: "Measured", larger: "Growth") -> int:
+    def _compared(self, asked: Asked, key: int, total: int, measured: Measured, larger: Growth) -> int:
         """As many members as fit, or 1 where they should take longer than one at a time."""
         # a direction's noise is there as long as the weights of its two members
         held = (larger.quadratic * measured.two.peak + 1.5 * measured.weights) / 2
         size = self.members_per_forward or even(total, int((room(asked.model) + measured.one.peak) / held))
         self.predicted[key] = min(size, total) * held / 1e6
-        serial, population = seconds(measured.grown(asked, larger), total, size, rates_of(asked))
+        one, two = work_alone(asked, measured.one, larger), grown(measured.two, measured.weights, larger)
+        serial, population = seconds(one, two, total, size, rates_of(asked))
         chosen = size if self.choice == "population" or population < PAYS * serial else 1
         logger.info(
             f"probes: {chosen} members a forward pass; a population of {size} would hold about "
@@ -192,13 +209,30 @@ class Probes:
 
     def _warn_of_one(self, asked: Asked) -> None:
         if not self.warned:
-            logger.warning(
-                "probes='population': members are evaluated one at a time, as one is all that fits. "
-                f"`members_per_forward` is {self.members_per_forward} (unset, it is what fits into "
-                f"{room(asked.model) / 1e6:,.0f} MB), and of a step this process has {len(asked.members)}: raise "
-                "`members_per_forward` or `num_directions`, or use probes='serial'."
-            )
+            logger.warning(ONE.format(self.members_per_forward, f"{room(asked.model) / 1e6:,.0f}", len(asked.members)))
         self.warned = True
+
+
+ONE = (
+    "probes='population': members are evaluated one at a time, as one is all that fits. `members_per_forward` is {} "
+    "(unset, it is what fits into {} MB), and of a step this process has {}: raise `members_per_forward` or "
+    "`num_directions`, or use probes='serial'."
+)
+
+
+def work_of_two(asked: Asked, *, loops: bool) -> tuple[Work, int]:
+    """The work of a population of two, and the bytes of its weights.
+
+    Args:
+        loops: whether operations without a rule for vmap may run member by member, which does not pay.
+    """
+    members = [*asked.members, *asked.members][:2]  # a process may have one of a step's members
+    weights = member_weights(asked.parameters, members, asked.smoothing_radius, asked.kind)
+    with warnings.catch_warnings():
+        if not loops:
+            warnings.filterwarnings("error", message=".*batching rule")
+        two = work(lambda: evaluate(asked.objective, asked.model, asked.parameters, weights))
+    return two, sum(tensor.nbytes for tensor in tensors(weights))
 
 
 def largest(batch: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
@@ -214,20 +248,6 @@ def rounded(length: int) -> int:
     return 1 << (length - 1).bit_length() if length else 0
 
 
-class Growth(NamedTuple):
-    """The largest batch of a key beside the present one.
-
-    Args:
-        numbers: in all tensors of the largest.
-        linear: what grows with a tensor's entries.
-        quadratic: what also grows with one dimension squared, as attention does, at most.
-    """
-
-    numbers: int
-    linear: float
-    quadratic: float
-
-
 def growth(batch: Mapping[str, Any]) -> Growth:
     shapes = [tensor.shape for value in batch.values() for tensor in tensors(value) if tensor.numel()]
     ratios = [[rounded(length) / length for length in shape] for shape in shapes]
@@ -236,23 +256,16 @@ def growth(batch: Mapping[str, Any]) -> Growth:
     return Growth(sum(math.prod(shape) for _, shape in largest(batch)), linear, linear * longest)
 
 
-class Measured(NamedTuple):
-    """The work of one member alone and of a population of two, and the bytes of the latter's weights."""
-
-    one: Work
-    two: Work
-    weights: int
-
-    def grown(self, asked: Asked, larger: Growth) -> tuple[Work, Work]:
-        """The work of one and of two on a larger batch."""
-        return grown(self.one, bytes_of(asked.parameters), larger), grown(self.two, self.weights, larger)
-
-
 def grown(done: Work, weights: int, larger: Growth) -> Work:
     """The same on a larger batch, for which weights are read as before; as many operations, as if none were a loop."""
     fixed = min(weights, done.bytes)
     activations = (done.bytes - fixed) * larger.linear
     return done._replace(bytes=int(fixed + activations), flops=int(done.flops * larger.linear))
+
+
+def work_alone(asked: Asked, one: Work, larger: Growth) -> Work:
+    """The work of one member on a larger batch."""
+    return grown(one, sum(p.nbytes for p in asked.parameters.values()), larger)
 
 
 def may_be_worth(asked: Asked, total: int, numbers: int) -> bool:
@@ -265,17 +278,13 @@ def may_pay(asked: Asked, one: Work, larger: Growth) -> bool:
     """Whether two members fit, and starting operations, which they can share, is a third of a forward pass or more."""
     if 2 * least_bytes(asked.parameters, asked.kind) + larger.quadratic * one.peak > room(asked.model):
         return False
-    done, rates = grown(one, bytes_of(asked.parameters), larger), rates_of(asked)
+    done, rates = work_alone(asked, one, larger), rates_of(asked)
     return 2 * done.operations * rates.operation >= done.bytes * rates.byte + done.flops * rates.flop
 
 
 def room(model: nn.Module) -> int:
     """Bytes that a population may add to the memory of inference."""
     return max(ADDED_BYTES, sum(p.nbytes for p in model.parameters()))
-
-
-def bytes_of(parameters: Parameters) -> int:
-    return sum(p.nbytes for p in parameters.values())
 
 
 def even(total: int, most: int) -> int:
@@ -313,13 +322,12 @@ def rates_of(asked: Asked) -> Rates:
     return RATES.get(next(iter(asked.parameters.values())).device.type, RATES["cuda"])
 
 
-def seconds(done: tuple[Work, Work], members: int, size: int, rates: Rates) -> tuple[float, float]:
+def seconds(one: Work, two: Work, members: int, size: int, rates: Rates) -> tuple[float, float]:
     """About how long the members of a step take, alone and as populations of a size.
 
     Args:
-        done: the work of one member alone, and of a population of two.
+        one, two: the work of one member alone, and of a population of two.
     """
-    one, two = done
     alone = one.operations * rates.operation + one.bytes * rates.byte + one.flops * rates.flop
     member = two.bytes / 2 * rates.byte + two.flops / 2 * rates.flop
     passes = math.ceil(members / size)

@@ -128,8 +128,9 @@ def test_a_rank_of_another_launcher_that_fails_is_named(tmp_path, free_port, how
     output = first.communicate(timeout=200)[0]
     took = time.time()
     second.kill()
+    # a process that is stopped keeps the pipe open
+    subprocess.run(["pkill", "-9", "-f", f"{failing.__file__} {how} {tmp_path}"], check=False)
     rest = second.communicate()[0]
-    subprocess.run(["pkill", "-9", "-f", f"{failing.__file__} {how} {tmp_path}"], check=False)  # what is stopped
     assert first.returncode != 0
     assert re.search(r"Rank 1 of 2 has died, hangs or ran out of memory", output), output
     assert took - float(re.search(r"FAILS ([\d.]+)", rest)[1]) < 60

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import texts, tiny_lstm
 from zoo_hf import ZOOConfig, ZOOTrainer
 
 
+PYTHON = sys.executable
 STEPS, SAVED = 9, 4  # updates of a run, and after how many it saves
 
 
@@ -156,3 +158,11 @@ def killed_in_a_save(folder: Path, draw: random.Random) -> int:
     time.sleep(delay)
     os.kill(process, signal.SIGKILL)
     return ended(process)
+
+
+def print_when_there(folder: str) -> None:
+    """Say STEPS when a run has made a few of them."""
+    path = Path(folder, "trajectory.zoo")
+    while not path.exists() or path.stat().st_size < 10_000:
+        time.sleep(0.01)
+    print("STEPS", flush=True)

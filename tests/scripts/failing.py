@@ -1,4 +1,4 @@
-"""A run of several ranks in which one fails, as the first argument says: torchrun … failing.py HOW FOLDER --use_cpu."""
+"""A run of ranks of which one fails, as its first argument says: torchrun … failing.py HOW FOLDER --use_cpu."""
 
 import os
 import signal

@@ -83,7 +83,7 @@ class Gathering(ZOOTrainer):
         return loss
 
 
-SEVERAL = ("central", "split_pair", "forward", "shares", "population")  # for other numbers of ranks than two
+SEVERAL = ("central", "split_pair", "forward", "shares", "carried")  # for other numbers of ranks than two
 
 CASES: dict[str, dict[str, Any]] = {
     "central": {"num_directions": 8},
@@ -98,7 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gathering": {"num_directions": 4, "estimator": "forward", "trainer": Gathering},
     "clipped": {"max_grad_norm": 1.0, "optim": "sgd"},
     "population": {"probes": "population", "members_per_forward": 2, "distribution": "low_rank"},
-    "shares": {"data": "split", "num_directions": 5, "per_device_train_batch_size": 8},
+    "shares": {"data": "split", "num_directions": 3},
     "carried": {"model": byte_lstm, "dataset": streams, "carry_state": True, "per_device_train_batch_size": 2},
     "logged": {"logging_strategy": "steps", "logging_steps": 1, "include_num_input_tokens_seen": "all"},
 }
