@@ -88,7 +88,9 @@ def test_after_the_start_only_the_members_losses_cross_ranks_whatever_the_models
         assert [name for name, *_ in result["heard"][:start]] == ["broadcast"] * start
         recorded, agreed = result["heard"][start : start + 2], result["heard"][start + 2]
         assert recorded == [["broadcast", 1, "torch.int64"], ["broadcast", 1, "torch.uint8"]], "no step was recorded"
-        assert agreed == ["all_gather", 32 * 26, "torch.uint8"], "hashes of what has to be equal"
+        assert agreed == ["all_reduce", 2 * 4 * 26, "torch.int64"], (
+            "32 bytes for each thing that has to be equal, of both"
+        )
         losses = [["all_reduce", members, "torch.int64"]]
         figure = ["all_gather", 1, "torch.float32"]  # the Trainer's loss, or its count of floating-point operations
         logged = [figure] * 2 if case == "logged" else []

@@ -9,26 +9,29 @@ Evaluation is the Trainer's own: ranks share out the examples.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import sha256
+from secrets import randbits
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast, synchronize_rng_states
 from torch import Tensor
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from .interrupt import Interrupted
 
 
-PATIENCE = 20.0  # seconds that a rank may be later than the longest step so far
+PATIENCE = 15.0  # seconds that a rank may be later than the longest step so far
 ASKING = 5.0  # seconds in which ranks tell each other, after a failure, that they are there
 POLL = 1.0  # seconds between looks at whether another rank has noticed a failure
 STOP = 0x7FF8_0000_5354_4F50  # bits of the NaN that stands for a loss when a rank was asked to stop
+
+
+c10d: Any = torch.distributed  # whose types lack what is used here
 
 
 class RankError(RuntimeError):
@@ -55,8 +58,12 @@ class Ranks:
         self.longest = 0.0  # step so far, in seconds
         self.last: float | None = None  # when ranks last met; None: there may be much to wait for
         self.equal = 0  # steps after which the ranks' weights were last seen to be equal
-        # of its own: the losses are on the CPU, and what is late here should not wait for a GPU's collectives
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self.several else None
+        if self.several:
+            # of its own: the losses are on the CPU, and what is late here should not wait for a GPU's collectives;
+            # under a name of its own, as processes that torchrun has restarted find the keys of those before
+            self.name = f"zoo_hf/{int(broadcast(torch.tensor([randbits(62)], device=accelerator.device)))}"
+            store = c10d.PrefixStore(self.name, connected())
+            self.group = c10d.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=timeout))
 
     @property
     def several(self) -> bool:
@@ -76,7 +83,7 @@ class Ranks:
         everyone[share(total, self.rank, self.world_size)] = losses
         if self.several:
             bits = everyone.view(torch.int64)
-            self._meet(lambda: dist.all_reduce(bits, group=self.group, async_op=True), bits)
+            self._sum_(bits)
         if (everyone.view(torch.int64) == STOP).any():
             raise Interrupted
         return everyone
@@ -87,12 +94,10 @@ class Ranks:
         Raises:
             RankError: some are not equal; it says which, on which ranks and since which step.
         """
-        mine = torch.frombuffer(
-            bytearray(b"".join(sha256(value).digest() for value in values.values())), dtype=torch.uint8
-        )
-        found = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._meet(lambda: dist.all_gather(found, mine, group=self.group, async_op=True), mine)
-        parts = [each.view(len(values), -1) for each in found]
+        hashes = b"".join(sha256(value).digest() for value in values.values())
+        parts = torch.zeros(self.world_size, len(values), 4, dtype=torch.int64)
+        parts[self.rank] = torch.frombuffer(bytearray(hashes), dtype=torch.int64).view(len(values), 4)
+        self._sum_(parts)
         for place, name in enumerate(values):
             others = [rank for rank, part in enumerate(parts) if not torch.equal(part[place], parts[0][place])]
             if others:
@@ -109,19 +114,19 @@ class Ranks:
         """Ranks may next meet late: one of them saves, or they evaluate."""
         self.last = None
 
-    def _meet(self, begin: Callable[[], Any], sent: Tensor) -> None:
-        """Wait for all ranks, not much longer than the longest step so far.
+    def _sum_(self, numbers: Tensor) -> None:
+        """Sum of all ranks' numbers, in place; they are waited for not much longer than the longest step so far.
 
         Raises:
             RankError: one has not come.
         """
-        self.bytes += sent.nbytes
+        self.bytes += numbers.nbytes
         patience = self.timeout if self.last is None else self.longest + PATIENCE
-        begun, roll_call = time.monotonic(), RollCall(self.rank, self.world_size)
-        # without it, a rank that has given up could not end: a thread of its own would wait on
-        _set_pg_timeout(timedelta(seconds=patience), self.group)
+        begun, roll_call = time.monotonic(), RollCall(self.name, self.rank, self.world_size)
+        options = c10d.AllreduceOptions()
+        options.timeout = timedelta(seconds=patience)
         try:
-            work = begin()
+            work = self.group.allreduce([numbers], options)
             while not arrived(work):
                 if roll_call.called():
                     raise RuntimeError(f"waited for {time.monotonic() - begun:.0f} s")
@@ -148,20 +153,19 @@ def arrived(work: Any) -> bool:
 
 
 class RollCall:
-    """After a failure: who is still there? Through the store that the process group was started with."""
+    """After a failure: who is still there?"""
 
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
-        self.prefix = f"zoo_hf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    def __init__(self, prefix: str, rank: int, world_size: int):
+        self.prefix, self.rank, self.world_size = prefix, rank, world_size
 
     def called(self) -> bool:
         """Whether another rank has noticed a failure."""
-        return self.store().check([f"{self.prefix}/failed"])
+        return connected().check([f"{self.prefix}/failed"])
 
     def error(self, patience: float) -> RankError:
         """Tell the others of it, and name those that do not answer."""
         try:
-            store = self.store()
+            store = connected()
             store.set(f"{self.prefix}/failed", "")
             store.set(f"{self.prefix}/{self.rank}", "")
             time.sleep(ASKING)
@@ -173,11 +177,11 @@ class RollCall:
             f"did not come within {patience:.0f} s; its own output may say why. {REMEDY}"
         )
 
-    def store(self) -> Any:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in its types
-            address, port, is_master=False, timeout=timedelta(seconds=ASKING), wait_for_workers=False
-        )
+
+def connected() -> Any:
+    """The store through which the ranks' processes have found each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return c10d.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ASKING), wait_for_workers=False)
 
 
 REMEDY = "No finished step is lost: start again with `resume_from_checkpoint=True`."

@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory):
     ("how", "named"),
     [
         ("dies", r"Signal 9 \(SIGKILL\)"),
-        ("hangs", r"Rank 2 of 3 has died, hangs or ran out of memory: it did not come within 2\d s"),
+        ("hangs", r"Rank 2 of 3 has died, hangs or ran out of memory: it did not come within 1\d s"),
         ("out of memory", r"OutOfMemoryError: CUDA out of memory"),
     ],
 )
@@ -77,7 +77,7 @@ def test_the_patience_leaves_time_for_a_launcher_to_kill_a_rank_that_hangs():
 def test_ranks_that_drift_apart_stop_the_run_which_goes_on_from_where_they_were_equal(undisturbed, tmp_path):
     (code,), (output,) = ended(launched("drifts", tmp_path))
     assert code != 0
-    said = re.search(r"RankError: (Ranks differ in weights .*)", output)[1]
+    said = re.findall(r"RankError: (Ranks differ in weights .*)", output)[-1]
     assert "Ranks differ in weights at step 6: [1] from rank 0; they were equal after step 4." in said
     assert f"The last good checkpoint is {tmp_path / 'checkpoint-4'}" in said
     assert len(Trajectory.open(tmp_path / "trajectory.zoo")) == 4

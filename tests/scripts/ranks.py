@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
 from zoo_hf import RNNConfig, RNNForCausalLM, ZOOConfig, ZOOTrainer
+from zoo_hf.distributed import Ranks
 from zoo_hf.tasks import byte_tokenizer, text_streams
 
 
@@ -142,6 +143,7 @@ def trainer_of(
 def listening() -> Iterator[list[list[Any]]]:
     """What crosses ranks inside the block: [collective, number of entries, dtype], in order."""
     heard: list[list[Any]] = []
+    sum_ = Ranks._sum_
     originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
 
     def recorded(name: str) -> Callable[..., Any]:
@@ -152,11 +154,17 @@ def listening() -> Iterator[list[list[Any]]]:
 
         return call
 
+    def heard_sum_(self: Ranks, numbers: Tensor) -> None:
+        heard.append(["all_reduce", numbers.numel(), str(numbers.dtype)])
+        sum_(self, numbers)
+
+    Ranks._sum_ = heard_sum_
     for name in COLLECTIVES:
         setattr(torch.distributed, name, recorded(name))
     try:
         yield heard
     finally:
+        Ranks._sum_ = sum_
         for name, original in originals.items():
             setattr(torch.distributed, name, original)
 
