@@ -106,9 +106,10 @@ def test_shares_of_the_trainer_have_the_coefficients_of_their_rows(config, argum
     examples = texts(6)
     made = ZOOTrainer(model, args, train_dataset=examples, callbacks=[seen])
     loaded = [made._prepare_inputs(each) for each in made.get_train_dataloader()]
+    # as the Trainer counts them: before transformers 5.19 with the first label of a text, which is never predicted
+    tokens = int(made.get_batch_samples(iter(loaded), len(loaded), made.args.device)[1])
     made.train()
     (estimate,) = seen.seen
-    tokens = sum(each["labels"][:, 1:].numel() for each in loaded)
     start = tiny_lstm()
     for index in range(3):
         losses = []

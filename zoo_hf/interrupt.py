@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Signals:
         self.received: int | None = None
         self.originals: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
             self.originals = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
