@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,14 +15,16 @@ from zoo_hf import Trajectory
 from zoo_hf.distributed import ASKING, PATIENCE
 
 
+# gloo takes the address of the host's name otherwise, which both namespaces share
+OVER_THE_CABLE = {"GLOO_SOCKET_IFNAME": "cable", "TP_SOCKET_IFNAME": "cable"}
 LAUNCHER = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
 
 
-def launched(how, folder, *options, processes=2):
-    """A launcher of some ranks, and how long to wait for it."""
+def launched(how, folder, *options, processes=2, inside=(), **variables):
+    """A launcher of some ranks."""
     options = options or ("--standalone",)
-    command = [*LAUNCHER, *options, "--nproc_per_node", str(processes), failing.__file__, how, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*inside, *LAUNCHER, *options, "--nproc_per_node", str(processes), failing.__file__, how, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.Popen(
         [*command, "--use_cpu"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
@@ -117,6 +120,41 @@ def nodes(how, folder, port):
 
 def test_two_launchers_meet_at_a_port(undisturbed, tmp_path, free_port):
     codes, outputs = ended(*nodes("nothing", tmp_path, free_port))
+    assert codes == [0, 0], outputs
+    final = torch.load(tmp_path / "final.pt")
+    assert all(torch.equal(final[name], weight) for name, weight in undisturbed.items())
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces with a cable between them: how to run a command in each, and the first one's address."""
+    names = [f"zoo-{os.getpid()}-{node}" for node in (0, 1)]
+    ip = shutil.which("ip")
+    if ip is None or subprocess.run([ip, "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("network namespaces need `ip` and root")
+    cable = [f"zoo{os.getpid() % 10_000}{node}" for node in "ab"]
+    try:
+        subprocess.run([ip, "netns", "add", names[1]], check=True)
+        subprocess.run([ip, "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]], check=True)
+        for name, end, address in zip(names, cable, ("10.77.0.1/24", "10.77.0.2/24"), strict=True):
+            subprocess.run([ip, "link", "set", end, "netns", name, "name", "cable"], check=True)
+            subprocess.run([ip, "-n", name, "address", "add", address, "dev", "cable"], check=True)
+            for device in ("lo", "cable"):
+                subprocess.run([ip, "-n", name, "link", "set", device, "up"], check=True)
+        yield [(ip, "netns", "exec", name) for name in names], "10.77.0.1"
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "delete", name], capture_output=True)
+
+
+def test_two_machines_meet_over_a_cable(undisturbed, tmp_path, machines):
+    inside, address = machines
+    common = ("--nnodes", "2", "--master_addr", address, "--master_port", "29555")
+    launchers = [
+        launched("nothing", tmp_path, *common, "--node_rank", str(node), processes=1, inside=how, **OVER_THE_CABLE)
+        for node, how in enumerate(inside)
+    ]
+    codes, outputs = ended(*launchers)
     assert codes == [0, 0], outputs
     final = torch.load(tmp_path / "final.pt")
     assert all(torch.equal(final[name], weight) for name, weight in undisturbed.items())
