@@ -1,5 +1,6 @@
 """A population gives the losses of its members one by one; what cannot be run as one is said, and run serially."""
 
+import contextlib
 import logging
 
 import pytest
@@ -12,7 +13,7 @@ from test_trainer import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from zoo_hf import Direction, Member, ZOOTrainer, probe
+from zoo_hf import CentralDifference, Direction, ForwardDifference, Member, ZOOTrainer, probe
 from zoo_hf.low_rank import kind_of
 from zoo_hf.meter import work
 from zoo_hf.perturbation import probing_mode, seeded
@@ -356,6 +357,17 @@ def test_an_embedding_that_writes_its_weight_is_refused_before_it_does(by_module
     assert torch.equal(model.rows.weight, before["rows.weight"])
 
 
+@pytest.mark.parametrize("by_module", [True, False], ids=["module", "function"])
+@pytest.mark.parametrize("probes", ["auto", "population"])
+def test_what_writes_its_weight_when_it_is_measured_finds_it_put_back(by_module, probes, monkeypatch):
+    model = Embedded(by_module)
+    before = weights(model)
+    monkeypatch.setattr("zoo_hf.probes.may_pay", lambda *_: True)
+    with contextlib.suppress(RuntimeError), torch.inference_mode():
+        of_probes(probes, model, model, MANY)
+    assert torch.equal(model.rows.weight, before["rows.weight"])
+
+
 def test_an_error_of_the_objective_itself_is_raised_as_it_is():
     model = tiny_lstm()
 
@@ -598,16 +610,46 @@ def test_what_was_measured_on_a_shorter_batch_holds_for_the_longest_of_its_key(f
     assert peak + 1.5 * sum(value.nbytes for value in held.values()) <= room + alone
 
 
-def test_ranks_choose_by_all_members_and_not_by_their_share():
+def test_ranks_choose_by_the_same_number_of_members():
     model = tiny_llama().eval()
     choices = []
-    for share in (MANY, MANY[:2], MANY[:1]):
+    for share in (MANY[:13], MANY[:12]):  # of 25 members on two ranks
         probes = Probes("auto")
         with torch.inference_mode():
-            how = {"model": model, "distribution": "rademacher", "total": len(MANY)}
+            how = {"model": model, "distribution": "rademacher", "total": 25 // 2}
             probes.losses(loss_of(model), trained(model), share, RADIUS, **how)
         choices.append(probes.chosen)
-    assert choices == 3 * [{KEY: len(MANY)}]
+    assert choices == 2 * [{KEY: 12}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("estimator", [CentralDifference, ForwardDifference])
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_a_population_stays_within_its_memory_whatever_its_dtype_and_noise(
+    dtype, estimator, distribution, monkeypatch
+):
+    room, philox = 12_000_000, 4 << 20  # which is taken while any noise is made
+    monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
+    model = tiny_llama().eval().to(dtype)
+    members = estimator(RADIUS, distribution).members([Direction(1, 2, index) for index in range(900)])
+    with torch.inference_mode():
+        alone = work(loss_of(model)).peak
+        probes = Probes("population")
+        how = {"model": model, "distribution": distribution}
+        peak = work(lambda: probes.losses(loss_of(model), trained(model), members, RADIUS, **how).sum()).peak
+    (chosen,) = probes.chosen.values()
+    assert 1 < chosen < len(members)
+    assert 0.4 * room < peak <= room + alone + philox
+
+
+def test_autocast_leaves_doubles_as_they_are():
+    model = tiny_llama().eval().double()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        for kind in ("rademacher", kind_of("low_rank", model, 1)):
+            how = {"model": model, "members_per_forward": 8, "distribution": kind}
+            found = probe_population(loss_of(model), trained(model), MEMBERS, RADIUS, **how)
+            expected = probe(loss_of(model), trained(model), MEMBERS, RADIUS, distribution=kind)
+            assert (found - expected).abs().max() < 1e-6
 
 
 def classes(count, length=8):

@@ -52,7 +52,7 @@ def step(number, **changes):
         "smoothing_radius": 0.01,
         "loss": 2.5 - number,
         "coefficients": torch.tensor([1.5, math.nan, -0.1 * number]),
-        "numbers": 64,
+        "key": 64,
         "members": 6,
     }
     return Step(**fields | changes)
@@ -94,8 +94,8 @@ def test_the_file_is_laid_out_as_its_module_says(tmp_path):
         assert struct.unpack_from("<I", content, place + 8 + length) == (checksum,)
         place += length + 12
     assert json.loads(bodies[0])["settings"]["seed"] == 5
-    number, radius, loss, numbers, members, rate = struct.unpack_from("<IddQId", bodies[1])
-    assert (number, radius, loss, numbers, members, rate) == (0, 0.01, 2.5, 64, 6, 1e-3)
+    number, radius, loss, key, members, rate = struct.unpack_from("<IddQId", bodies[1])
+    assert (number, radius, loss, key, members, rate) == (0, 0.01, 2.5, 64, 6, 1e-3)
     assert len(bodies[1]) == struct.calcsize("<IddQId") + 3 * 4
 
 
@@ -259,7 +259,6 @@ def test_a_length_beyond_all_measure_is_refused_before_anything_is_read(tmp_path
         ({"step": 1}, "step 1 stands where step 0 should"),
         ({"smoothing_radius": -1.0}, "smoothing radius is -1"),
         ({"loss": math.inf}, "loss inf"),
-        ({"members": 0}, "members a forward pass 0"),
         ({"rates": (math.inf,)}, "infinite"),
         ({"coefficients": torch.tensor([math.inf, 0, 0])}, "infinite"),
         ({"coefficients": torch.tensor([math.nan, math.nan, 0])}, "not a number"),

@@ -6,8 +6,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .distributed import RankError
-from .record import Header
-from .recovery import newest_checkpoint
+from .recovery import Recorder, newest_checkpoint
 from .replay import weights_hash
 
 
@@ -63,9 +62,10 @@ class RanksCallback(TrainerCallback):
         self.trainer.ranks.unhurried()
 
 
-def check_start(trainer: Any, header: Header, inputs: dict[str, Any]) -> None:
+def check_start(trainer: Any, recorder: Recorder, inputs: dict[str, Any]) -> None:
     """Raises: RankError when ranks begin with other weights, settings or batches; it names what differs."""
-    if not trainer.ranks.several:
+    header = recorder.header
+    if not trainer.ranks.several or header is None:
         return
     settings = header.settings | {name: vars(trainer.args)[name] for name in AGREED}
     values = {f"`{name}`": repr(value).encode() for name, value in settings.items()}

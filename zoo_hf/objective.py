@@ -59,7 +59,7 @@ def member_losses(
                 args.smoothing_radius,
                 model=trainer.accelerator.unwrap_model(model, keep_torch_compile=False),
                 distribution=kind,
-                total=len(members),
+                total=len(members) // ranks.world_size,
                 batch=inputs,
                 watched=watched,
             )

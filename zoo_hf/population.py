@@ -134,12 +134,6 @@ class LikeAutocast(TorchFunctionMode):
         return REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """torch's, in the dtype of autocast or of the queries."""
-    dtype = autocast_dtype(query) or query.dtype
-    return F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), *args, **kwargs)
-
-
 def norm(of: Callable[..., Tensor], input: Tensor, *sizes: Any, **weights: Any) -> Tensor:
     """torch's layer or group norm, whose weights may be wider than the input; then all is computed in their dtype."""
     wide = [value.dtype for value in (*sizes, *weights.values()) if isinstance(value, Tensor)]
@@ -172,15 +166,23 @@ def cast(values: Any, dtype: torch.dtype | None) -> Any:
 
 
 def autocast_dtype(of: Tensor) -> torch.dtype | None:
-    """What autocast computes products in on a tensor's device; None while it is off."""
+    """What autocast computes products in on a tensor's device; None while it is off, and for doubles."""
     device = of.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = torch.is_autocast_enabled(device) and of.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if on else None
 
 
-PRODUCTS = (F.linear, torch.addmm, torch.baddbmm, torch.conv1d, torch.conv2d, torch.conv3d)
+PRODUCTS = (
+    F.linear,
+    F.scaled_dot_product_attention,
+    torch.addmm,
+    torch.baddbmm,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+)
 LOSSES = (F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.kl_div)
 REPLACED: dict[Any, Callable[..., Tensor]] = {
-    F.scaled_dot_product_attention: attention,
     **{of: partial(norm, of) for of in (F.layer_norm, F.group_norm)},
     **{of: partial(narrow, of) for of in PRODUCTS},
     **{of: partial(wide, of) for of in LOSSES},

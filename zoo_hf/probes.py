@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .low_rank import Kind, factor_bytes, is_low_rank
 from .meter import Work, tensors, work
-from .perturbation import Member, Objective, Parameters, probe
+from .perturbation import Member, Objective, Parameters, kept, probe
 from .population import evaluate, member_weights, probe_population
 
 
@@ -107,7 +107,7 @@ class Probes:
         """Losses of the members, (P,) float64 on the CPU; see `probe`.
 
         Args:
-            total: members of the whole step, on all ranks; at least those given.
+            total: members by which is chosen, the same on all ranks; those given, if it is 0.
             batch: the objective's; of its tensors, nested ones included, the shapes alone are read.
             watched: somebody looks at each member's forward pass, so that `auto` runs them one at a time.
 
@@ -116,7 +116,7 @@ class Probes:
         """
         asked = Asked(objective, parameters, members, smoothing_radius, model, distribution)
         if self.choice == "population" or (self.choice == "auto" and not watched and EVERY not in self.chosen):
-            found = self._together(asked, max(total, len(members)), batch or {})
+            found = self._together(asked, total or len(members), batch or {})
             if found is not None:
                 return found
         if self.choice == "population" and members:
@@ -126,7 +126,6 @@ class Probes:
     def _together(self, asked: Asked, total: int, batch: Mapping[str, Any]) -> Tensor | None:
         """Losses by populations; None where members are to be evaluated one at a time."""
         key = self.key(batch)
-        # a process that has one of a step's members chooses, too: checkpoints bring its choice to those that have two
         if total > 1 and asked.members and key not in self.chosen:
             self.chosen[key] = self._choose(asked, key, total, growth(batch))
         while len(asked.members) > 1 and self.chosen.get(key, 1) > 1:
@@ -138,16 +137,16 @@ class Probes:
     def _choose(self, asked: Asked, key: int, total: int, larger: Growth) -> int:
         """Members a forward pass for all batches of a key, 1 where one at a time is faster.
 
-        It depends on shapes alone, and so is always the same.
+        It depends on shapes alone: those of the first batch of its key, scaled to the largest.
 
         Args:
-            total: members of the whole step.
+            total: members that a rank has, about.
             larger: what the largest of these batches is beside the present one.
         """
         auto = self.choice == "auto"
-        if (auto and not may_be_worth(asked, total, larger.numbers)) or (not auto and self.members_per_forward == 1):
+        if self.members_per_forward == 1 or (auto and not may_be_worth(asked, total, larger.numbers)):
             return 1
-        with torch.no_grad():
+        with torch.no_grad(), kept(asked.parameters):  # an objective may write θ, as embeddings with `max_norm` do
             one = work(asked.objective)  # its errors are not those of a population
             if auto and not may_pay(asked, one, larger):
                 return 1
@@ -160,8 +159,7 @@ class Probes:
 
     def _compared(self, asked: Asked, key: int, total: int, measured: Measured, larger: Growth) -> int:
         """As many members as fit, or 1 where they should take longer than one at a time."""
-        # a direction's noise is there as long as the weights of its two members
-        held = (larger.quadratic * measured.two.peak + 1.5 * measured.weights) / 2
+        held = (larger.quadratic * measured.two.peak + measured.weights) / 2 + beside(asked)
         size = self.members_per_forward or even(total, int((room(asked.model) + measured.one.peak) / held))
         self.predicted[key] = min(size, total) * held / 1e6
         one, two = work_alone(asked, measured.one, larger), grown(measured.two, measured.weights, larger)
@@ -233,6 +231,14 @@ def work_of_two(asked: Asked, *, loops: bool) -> tuple[Work, int]:
             warnings.filterwarnings("error", message=".*batching rule")
         two = work(lambda: evaluate(asked.objective, asked.model, asked.parameters, weights))
     return two, sum(tensor.nbytes for tensor in tensors(weights))
+
+
+def beside(asked: Asked) -> float:
+    """Bytes that are there beside a member's weights while they are made: its share of the noise, and a wide copy."""
+    whole = [p for name, p in asked.parameters.items() if not is_low_rank(asked.kind, name)]
+    directions = len({member.direction for member in asked.members})
+    noise = 4 * sum(p.numel() for p in whole) * directions / len(asked.members)
+    return noise + max((4 * p.numel() for p in whole if p.itemsize < 4), default=0)
 
 
 def largest(batch: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
@@ -346,7 +352,7 @@ FULL = (
     "MPS backend out of memory",
 )
 # of torch, to file an issue about what is no fault of its own
-ADVICE = re.compile(r"\s*(Please file|If error is occurring|\(Triggered internally).*", re.DOTALL)
+ADVICE = re.compile(r",?\s*(Please file|If error is occurring|\(Triggered internally).*", re.DOTALL | re.IGNORECASE)
 
 
 def said(error: Exception) -> str:

@@ -19,7 +19,7 @@ from .noise import DISTRIBUTIONS, Direction, parameter_id
 
 
 FORMAT = 1
-STEP = struct.Struct("<IddQI")  # step, ε, loss, numbers in the batch, members a forward pass
+STEP = struct.Struct("<IddQI")  # step, ε, loss, key of the batch, members a forward pass
 MOST_BYTES = 1 << 26  # of a header, and of a step
 
 
@@ -33,8 +33,8 @@ class Step(NamedTuple):
     Args:
         rates: learning rate of every parameter group, (g).
         coefficients: (n,) float32, NaN for a pair left out.
-        numbers: in a batch, of the last micro-batch.
-        members: evaluated together in a forward pass, as was chosen for batches of so many numbers.
+        key: of the shape of the last micro-batch, see `probes.Probes.key`.
+        members: evaluated together in a forward pass, as was chosen for batches of that key; 0 for no choice.
     """
 
     step: int
@@ -42,8 +42,8 @@ class Step(NamedTuple):
     smoothing_radius: float
     loss: float
     coefficients: Tensor
-    numbers: int = 0
-    members: int = 1
+    key: int = 0
+    members: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ class Header:
         """A step as the body of its frame."""
         rates = struct.pack(f"<{len(step.rates)}d", *step.rates)
         coefficients = step.coefficients.numpy().astype("<f4").tobytes()
-        return (
-            STEP.pack(step.step, step.smoothing_radius, step.loss, step.numbers, step.members) + rates + coefficients
-        )
+        return STEP.pack(step.step, step.smoothing_radius, step.loss, step.key, step.members) + rates + coefficients
 
     def unpack(self, body: bytes) -> Step:
         """A step from the body of its frame.
@@ -123,16 +121,14 @@ class Header:
         """
         if len(body) != self.step_bytes:
             raise ValueError(f"it has {len(body)} bytes in place of {self.step_bytes}")
-        step, radius, loss, numbers, members = STEP.unpack_from(body)
+        step, radius, loss, key, members = STEP.unpack_from(body)
         rates = struct.unpack_from(f"<{len(self.groups)}d", body, STEP.size)
         coefficients = np.frombuffer(body, "<f4", offset=STEP.size + 8 * len(rates)).astype(np.float32)
-        if not (0 < radius < math.inf and math.isfinite(loss) and members > 0):
-            raise ValueError(
-                f"its smoothing radius is {radius}, its loss {loss}, its members a forward pass {members}"
-            )
+        if not (0 < radius < math.inf and math.isfinite(loss)):
+            raise ValueError(f"its smoothing radius is {radius}, and its loss {loss}")
         if np.isinf([*rates, *coefficients]).any() or 2 * np.isnan(coefficients).sum() > len(coefficients):
             raise ValueError("a learning rate or a coefficient is infinite, or most are not a number")
-        return Step(step, rates, radius, loss, torch.from_numpy(coefficients), numbers, members)
+        return Step(step, rates, radius, loss, torch.from_numpy(coefficients), key, members)
 
 
 def parse_header(body: bytes, path: Path) -> Header:

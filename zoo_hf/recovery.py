@@ -3,7 +3,9 @@
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from transformers.trainer_callback import TrainerState
@@ -14,7 +16,7 @@ from .distributed import broadcast_bytes
 from .estimators import Estimate
 from .objective import kind_of_run
 from .record import Header, Step, TrajectoryError, options
-from .replay import header_of, options_of, rates_of
+from .replay import estimate_of, header_of, options_of, rates_of
 from .trajectory import FILE_NAME, Trajectory
 
 
@@ -68,7 +70,7 @@ def newest_checkpoint(output_dir: str) -> str | None:
 
 
 class Recorder:
-    """The trajectory of the present run, written by the first process.
+    """The trajectory of the present run, written by the first process; nothing is recorded without a header.
 
     Args:
         header: of the run.
@@ -76,20 +78,34 @@ class Recorder:
         trajectory: the file, on the first process.
     """
 
-    def __init__(self, header: Header, recorded: dict[int, Step], trajectory: Trajectory | None):
+    def __init__(
+        self,
+        header: Header | None = None,
+        recorded: Mapping[int, Step] = MappingProxyType({}),
+        trajectory: Trajectory | None = None,
+    ):
         self.header, self.recorded, self.trajectory = header, recorded, trajectory
 
-    def append(self, trainer: Any, estimate: Estimate, numbers: int) -> None:
+    def repeat(self, trainer: Any, step: Step) -> Estimate:
+        """What a recorded step estimated; the run goes on with its learning rates and its way to evaluate members."""
+        assert self.header is not None, "A step is recorded under a header."
+        if step.members:
+            trainer.probes.chosen[step.key] = step.members
+        return estimate_of(trainer.update, self.header, step)
+
+    def append(self, trainer: Any, estimate: Estimate, key: int) -> None:
         """Record a step that is about to be made.
 
         Args:
-            numbers: in the last micro-batch.
+            key: of the last micro-batch's shape.
 
         Raises:
             OSError: it could not be written.
             ValueError: a scheduler has changed more than the learning rate.
         """
         update = trainer.update
+        if self.header is None:
+            return
         if self.header.optimizer.startswith("torch.optim.") and options_of(update) != options(self.header):
             raise ValueError(
                 f"The optimizer's options are {options_of(update)} at step {trainer.state.global_step} and were "
@@ -102,8 +118,8 @@ class Recorder:
                 trainer.args.smoothing_radius,
                 estimate.loss,
                 estimate.coefficients,
-                numbers,
-                trainer.probes.chosen.get(numbers, 1),
+                key,
+                trainer.probes.chosen.get(key, 0),
             )
             self.trajectory.append(step)
 

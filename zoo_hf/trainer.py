@@ -28,7 +28,6 @@ from .interrupt import Interrupted, Signals
 from .objective import member_losses, plan, probes_of
 from .preparation import check_weights, prepare_
 from .recovery import Recorder, Start, recorder_of, start_of
-from .replay import estimate_of
 from .update import Update, check_optimizer
 
 
@@ -65,7 +64,7 @@ class ZOOTrainerMixin(Base):
         self.probes: Any = None  # Probes, from the first step on
         self.signals = Signals()
         self._figures, self._start = Figures(), Start()
-        self._recorder: Recorder | None = None  # from the first step of `train` on
+        self._recorder = Recorder()  # of a run, from the first step of `train` on
         super().__init__(*args, **kwargs)
         self.add_callback(RanksCallback(self))
         self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
@@ -103,7 +102,7 @@ class ZOOTrainerMixin(Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
-        self.losses, self._figures, self.probes, self._recorder = [], Figures(), None, None  # another run's
+        self.losses, self._figures, self.probes, self._recorder = [], Figures(), None, Recorder()  # of no other run
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -132,7 +131,7 @@ class ZOOTrainerMixin(Base):
                     self._save_checkpoint(self.model_wrapped, trial=None)
                 raise
             finally:
-                self._recorder = None
+                self._recorder = Recorder()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Losses of this rank's members; after the last micro-batch, the estimate from the losses of all ranks.
@@ -144,12 +143,10 @@ class ZOOTrainerMixin(Base):
         self._enter_training(model, inputs)
         inputs = with_state(self._prepare_inputs(inputs), self.update.carried_state)
         estimator, directions, members = plan(self)
-        known = self._recorder.recorded.get(self.state.global_step) if self._recorder else None
+        known = self._recorder.recorded.get(self.state.global_step)
         if not known:
-            losses = member_losses(
-                self, model, inputs, num_items_in_batch, members=members, kind=estimator.distribution
-            )
-            self.losses.append(losses)
+            kind = estimator.distribution
+            self.losses.append(member_losses(self, model, inputs, num_items_in_batch, members=members, kind=kind))
         if self.args.carry_state:
             self.update.carried_state = state_after(self, model, inputs)
         passes = len(members) + self.args.carry_state
@@ -157,16 +154,13 @@ class ZOOTrainerMixin(Base):
         self._figures.add(0 if known else passes, time.perf_counter() - start)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        if known and self._recorder:
-            self.probes.chosen[known.numbers] = known.members
-            estimate = estimate_of(self.update, self._recorder.header, known)
+        if known:
+            estimate = self._recorder.repeat(self, known)
         else:
-            total = self.ranks.exchange(functools.reduce(torch.add, self.losses), len(members))
-            estimate = estimator.estimate(directions, total)
-            if self._recorder:
-                self._recorder.append(self, estimate, self.probes.key(inputs))
-        self.losses = []
-        self.update.population = self.probes.chosen
+            losses = self.ranks.exchange(functools.reduce(torch.add, self.losses), len(members))
+            estimate = estimator.estimate(directions, losses)
+            self._recorder.append(self, estimate, self.probes.key(inputs))
+        self.losses, self.update.population = [], self.probes.chosen
         self._figures.estimates.append(estimate)
         self.update.hold(estimate)  # applied by the optimizer's step, one parameter at a time
         return torch.tensor(estimate.loss, device=self.args.device)
@@ -179,14 +173,14 @@ class ZOOTrainerMixin(Base):
             self.probes = probes_of(self)
             if self.is_in_train:
                 self._recorder = recorder_of(self, self._start)
-                check_start(self, self._recorder.header, inputs)
+                check_start(self, self._recorder, inputs)
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
 
     def forget_after(self, step: int) -> None:
         """Drop what is recorded after a number of steps."""
-        if self._recorder and self._recorder.trajectory:
+        if self._recorder.trajectory is not None:
             self._recorder.trajectory.cut(step)
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
