@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import Estimates, texts, tiny_lstm, weights
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from zoo_hf import CentralDifference, ZOOTrainer, gradient
 from zoo_hf.batches import Batches, NamedBatches, as_it_is, rows_of, split
@@ -54,23 +55,25 @@ def test_seeds_of_batches_do_not_meet():
 
 
 @pytest.mark.parametrize(("pairs", "rows"), [(1, 8), (4, 8), (3, 8), (8, 8), (5, 3), (8, 1)])
-def test_every_row_of_a_batch_counts_the_same(pairs, rows):
-    inputs = {"x": torch.arange(rows), "scale": torch.tensor(2.0), "name": "text"}
+def test_every_item_of_a_batch_counts_the_same(pairs, rows):
+    items = torch.arange(rows) % 3  # of every row, some have none
+    inputs = {"items": items, "scale": torch.tensor(2.0), "name": "text"}
     members = [Member(Direction(0, 0, index), sign) for index in range(pairs) for sign in (1, -1)]
-    counted = {True: torch.zeros(rows), False: torch.zeros(rows)}
-    for summed, counts in counted.items():
-        for member, (share, weight) in zip(members, split(inputs, members, pairs, summed=summed), strict=True):
-            first, last = rows_of(member.direction.index, pairs, rows)
-            assert share["x"].tolist() == list(range(first, last))
-            assert share["scale"] is inputs["scale"]
-            # a sum over the batch's rows, or a mean over the share's
-            counts[first:last] += weight / (rows if summed else last - first) / (2 * pairs)
-        assert torch.allclose(counts, torch.full((rows,), 1 / rows))
+    total = max(1, int(items.sum()))
+    shares = split(inputs, members, pairs, count=lambda share: float(share["items"].sum()), total=total)
+    counted = torch.zeros(rows)  # of every row's items, in the mean over all members
+    for member, (share, weight) in zip(members, shares, strict=True):
+        first, last = rows_of(member.direction.index, pairs, rows)
+        assert share["items"].tolist() == items[first:last].tolist()
+        assert share["scale"] is inputs["scale"]
+        if weight:
+            counted[first:last] += items[first:last] / share["items"].sum() * weight / (2 * pairs)
+    assert torch.allclose(counted, items / total)
 
 
 def test_a_batch_without_rows_cannot_be_shared():
     with pytest.raises(ValueError, match="no tensor of the batch has rows"):
-        split({"x": 3}, [], 2, summed=True)
+        split({"x": 3}, [], 2, count=len, total=1)
 
 
 @pytest.mark.parametrize(("pairs", "rows"), [(4, 12), (3, 8), (6, 4)])
@@ -86,7 +89,7 @@ def test_both_ways_to_see_a_batch_estimate_its_gradient_without_bias(pairs, rows
         members = estimator.members(directions)
         parts = [({"x": slopes}, 1.0)] * len(members)
         if data == "split":
-            parts = split({"x": slopes}, members, pairs, summed=False)
+            parts = split({"x": slopes}, members, pairs, count=lambda share: len(share["x"]), total=rows)
         shares = iter(parts)
 
         def objective(shares=shares):
@@ -106,8 +109,11 @@ def test_shares_of_the_trainer_have_the_coefficients_of_their_rows(config, argum
     examples = texts(6)
     made = ZOOTrainer(model, args, train_dataset=examples, callbacks=[seen])
     loaded = [made._prepare_inputs(each) for each in made.get_train_dataloader()]
+
     # as the Trainer counts them: before transformers 5.19 with the first label of a text, which is never predicted
-    tokens = int(made.get_batch_samples(iter(loaded), len(loaded), made.args.device)[1])
+    def items(batches):
+        return int(made.get_batch_samples(iter(batches), len(batches), made.args.device)[1])
+
     made.train()
     (estimate,) = seen.seen
     start = tiny_lstm()
@@ -128,8 +134,48 @@ def test_shares_of_the_trainer_have_the_coefficients_of_their_rows(config, argum
                 first, last = rows_of(index, 3, len(each["input_ids"]))
                 rows = {name: value[first:last] for name, value in each.items()}
                 with torch.no_grad():
-                    total += displaced(**rows).loss.item() * rows["labels"][:, 1:].numel()
-            losses.append(3 * total / tokens)
+                    total += displaced(**rows).loss.item() * items([rows])
+            losses.append(3 * total / items(loaded))
         expected = (losses[0] - losses[1]) / (2 * args.smoothing_radius)
         assert estimate.coefficients[index].item() == pytest.approx(expected, rel=1e-3, abs=2e-4)
     assert any(not torch.equal(weight, weights(start)[name]) for name, weight in weights(model).items())
+
+
+def bert(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return kind(BertConfig(**sizes, intermediate_size=16, max_position_embeddings=8, num_labels=3))
+
+
+def masked(count):
+    """Texts of which every fourth has labels, and not many."""
+    examples = []
+    for index, example in enumerate(texts(count)):
+        labels = torch.full((8,), -100)
+        if index % 4 == 0:
+            labels[: index % 3 + 1] = example["input_ids"][: index % 3 + 1]
+        examples.append({"input_ids": example["input_ids"], "labels": labels})
+    return examples
+
+
+@pytest.mark.parametrize(
+    ("model", "examples"),
+    [
+        (lambda: bert(BertForSequenceClassification), [each | {"labels": torch.tensor(1)} for each in texts(8)]),
+        (lambda: bert(BertForMaskedLM), masked(8)),
+        (tiny_lstm, masked(8)),
+    ],
+    ids=["a mean over rows", "a mean over labels", "a sum over labels"],
+)
+@pytest.mark.parametrize("pairs", [3, 8])
+def test_the_loss_of_all_shares_is_that_of_the_batch(trainer, model, examples, pairs):
+    """Also for models that take the number of items and do not heed it, and where shares have no label."""
+    losses = {}
+    for data in ("shared", "split"):
+        made = trainer(
+            model(), examples, data=data, num_directions=pairs, per_device_train_batch_size=8, smoothing_radius=1e-4
+        )
+        made.args.max_steps = 1
+        made.train()
+        losses[data] = made.state.log_history[0]["loss"]
+    assert losses["split"] == pytest.approx(losses["shared"], rel=2e-3)

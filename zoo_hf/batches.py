@@ -133,15 +133,23 @@ def same_batches(
         accelerator.prepare_data_loader = original
 
 
-def split(inputs: dict[str, Any], members: list[Member], pairs: int, *, summed: bool) -> list[tuple[dict, float]]:
-    """Every member's share of a batch, and what its loss counts, so that the mean over pairs is the batch's loss.
+def split(
+    inputs: dict[str, Any],
+    members: list[Member],
+    pairs: int,
+    *,
+    count: Callable[[dict[str, Any]], float],
+    total: float,
+) -> list[tuple[dict[str, Any], float]]:
+    """Every member's share of a batch, and what its mean loss counts, so that the mean over pairs is the whole loss.
 
     Pair i of n has rows ⌊iB/n⌋ … ⌊(i+1)B/n⌋ − 1 of a batch's B, and one row at least: with fewer rows than pairs,
-    neighbours have the same row.
+    neighbours have the same row. A share counts n · its items / (all items · pairs that have it).
 
     Args:
         pairs: n.
-        summed: whether a share's loss is a sum over the whole batch's number of items, and not a mean over the share.
+        count: items whose mean a share's loss is, such as labels.
+        total: items of the whole batch, or of all micro-batches of an update.
 
     Raises:
         ValueError: no tensor says how many rows there are.
@@ -150,14 +158,11 @@ def split(inputs: dict[str, Any], members: list[Member], pairs: int, *, summed: 
     if rows == 0:
         raise ValueError('`data`="split": no tensor of the batch has rows: use `data`="shared".')
     spans = [rows_of(index, pairs, rows) for index in range(pairs)]
-    sharers = [spans.count(span) for span in spans]
-    parts = []
-    for member in members:
-        first, last = spans[member.direction.index]
-        share = {name: value[first:last] if has_rows(value, rows) else value for name, value in inputs.items()}
-        size = 1.0 if summed else (last - first) / rows
-        parts.append((share, pairs * size / sharers[member.direction.index]))
-    return parts
+    parts: dict[tuple[int, int], tuple[dict[str, Any], float]] = {}
+    for first, last in dict.fromkeys(spans[member.direction.index] for member in members):
+        part = {name: value[first:last] if has_rows(value, rows) else value for name, value in inputs.items()}
+        parts[first, last] = part, pairs * count(part) / total / spans.count((first, last))
+    return [parts[spans[member.direction.index]] for member in members]
 
 
 def has_rows(value: Any, rows: int) -> bool:

@@ -66,7 +66,8 @@ def member_losses(
         except Interrupted:
             return torch.full((len(mine),), STOP).view(torch.float64)
     # divided here and not in the objective: in float64
-    return losses / (1 if loss_is_scaled(trainer, num_items_in_batch) else trainer.current_gradient_accumulation_steps)
+    scaled = loss_is_scaled(trainer, num_items_in_batch) if args.data == "shared" else num_items_in_batch is not None
+    return losses / (1 if scaled else trainer.current_gradient_accumulation_steps)
 
 
 def objective_of(
@@ -89,12 +90,15 @@ def objective_of(
         masks = functools.partial(seeded, seed, args.device)
     parts: Iterator[tuple[dict[str, Any], float]] = itertools.repeat((inputs, 1.0))
     if args.data == "split":
-        summed = loss_is_scaled(trainer, num_items_in_batch)
-        parts = iter(split(inputs, members, args.num_directions, summed=summed))
+        count, total = items_of(trainer, inputs, num_items_in_batch)
+        parts = iter(split(inputs, members, args.num_directions, count=count, total=total))
+        num_items_in_batch = None  # a share's loss is its own mean: not all models that take the number heed it
 
     def objective() -> Tensor:
         trainer.signals.check()
         batch, weight = next(parts)
+        if weight == 0.0:  # no label counts, and the mean of none is no number
+            return torch.zeros((), device=args.device)
         # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
         with masks(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
@@ -102,6 +106,27 @@ def objective_of(
         return loss if weight == 1.0 else loss * weight
 
     return objective
+
+
+def items_of(
+    trainer: Any, inputs: dict[str, Any], num_items_in_batch: Any
+) -> tuple[Callable[[dict[str, Any]], float], float]:
+    """What counts the items of a share's mean loss, as the Trainer counts them, and how many there are in all.
+
+    Labels of −100 do not count; without labels, or where the Trainer does not count them, rows do.
+    """
+
+    def counted(batch: dict[str, Any]) -> Any:
+        return trainer.get_batch_samples(iter([batch]), 1, args.device)[1]
+
+    args = trainer.args
+    if num_items_in_batch is not None:
+        return lambda batch: float(counted(batch)), float(num_items_in_batch)
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        return lambda batch: float((batch["labels"] != -100).sum()), float((labels != -100).sum())
+    rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    return lambda batch: float(next(len(value) for value in batch.values() if isinstance(value, Tensor))), float(rows)
 
 
 def probes_of(trainer: Any) -> Probes:
