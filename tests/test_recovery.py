@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import texts, tiny_lstm, weights
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from zoo_hf import RNNConfig, RNNForCausalLM, Trajectory, TrajectoryError, ZOOTrainer, replay
 from zoo_hf.recovery import newest_checkpoint
@@ -86,7 +86,8 @@ def test_recorded_steps_are_repeated_without_a_forward_pass(run, tmp_path, crash
     first = 3 * (crash // 3)  # of what is repeated
     assert passes.seen == [0] * (crash - first) + [8] * (8 - crash)
     assert resumed.update.forward_passes == whole.update.forward_passes
-    assert (tmp_path / "parts/trajectory.zoo").read_bytes() == (tmp_path / "whole/trajectory.zoo").read_bytes()
+    found, expected = (Trajectory.open(tmp_path / name / "trajectory.zoo") for name in ("parts", "whole"))
+    assert list(map(found.header.pack, found)) == list(map(found.header.pack, expected))
 
 
 def test_the_log_of_a_resumed_run_is_that_of_an_uninterrupted_one_but_for_its_speed(run):
@@ -191,13 +192,65 @@ def test_repeated_steps_have_their_own_learning_rates(run, tmp_path):
     assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(made.model).items())
 
 
-def test_the_record_of_another_run_is_not_gone_on_with(run, tmp_path, caplog):
+def test_the_record_of_another_run_is_not_gone_on_with(run, tmp_path):
     run("parts", crash=5)
     run("other", crash=5, model=displaced())
     shutil.copy(tmp_path / "other/trajectory.zoo", tmp_path / "parts/trajectory.zoo")
-    with caplog.at_level(logging.WARNING, logger="zoo_hf"):
+    with pytest.raises(TrajectoryError, match="it has no checkpoint and the model's weights are not those it started"):
         run("parts", resume=True)
-    assert "as it is not that of the checkpoint's run: a new one begins at step 3" in caplog.text
+
+
+def test_checkpoints_of_an_older_run_are_not_gone_on_from(run, tmp_path):
+    whole = run("whole", learning_rate=2e-3, save_strategy="no")
+    run("parts")  # leaves checkpoints
+    run("parts", crash=5, learning_rate=2e-3, save_strategy="no")
+    assert (tmp_path / "parts/checkpoint-6").exists()
+    assert equal(whole, run("parts", resume=True, learning_rate=2e-3, save_strategy="no"))
+
+
+def test_a_checkpoint_without_the_optimizer_is_not_gone_on_from(run, tmp_path):
+    whole = run("whole", save_only_model=True)
+    run("parts", crash=5, save_only_model=True)
+    resumed = run("parts", resume=True, save_only_model=True)
+    assert equal(whole, resumed)
+
+
+def test_a_checkpoint_of_another_trainer_begins_a_new_record_and_keeps_the_old_one(run, config, tmp_path):
+    run("parts")
+    args = config(
+        TrainingArguments, output_dir=str(tmp_path / "stock"), save_strategy="steps", save_steps=4, max_steps=4
+    )
+    Trainer(tiny_lstm(), args, train_dataset=texts(10)).train()
+    run("parts", resume=str(tmp_path / "stock/checkpoint-4"), optim="sgd")
+    assert len(Trajectory.open(tmp_path / "parts/trajectory-1.zoo")) == 8
+    assert Trajectory.open(tmp_path / "parts/trajectory.zoo").header.first_step == 4
+
+
+def test_a_finished_run_has_nothing_left_to_do(run, caplog):
+    whole = run("parts")
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"):
+        resumed = run("parts", resume=True)
+    assert resumed.state.global_step == 8
+    assert equal(whole, resumed)
+    assert "The run has made its 8 steps, and nothing was left to do" in caplog.text
+
+
+def test_a_run_that_is_made_shorter_ends_its_record_there(run, tmp_path):
+    run("parts", crash=7, save_strategy="no")
+    made = run("parts", resume=True, save_strategy="no", max_steps=5)
+    again = replay(tiny_lstm(), tmp_path / "parts/trajectory.zoo")
+    assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(made.model).items())
+
+
+@pytest.mark.parametrize("optim", ["schedule_free_adamw", "adafactor"])
+def test_optimizers_that_are_none_of_torchs_go_on_from_the_last_step(run, optim):
+    arguments = {"optim": optim, "lr_scheduler_type": "constant"}
+    whole = run("whole", **arguments)
+    run("parts", crash=5, **arguments)
+    model = tiny_lstm()
+    passes = Passes(model)
+    assert equal(whole, run("parts", resume=True, model=model, callbacks=[passes], **arguments))
+    assert passes.seen == [0, 0, 8, 8, 8]
 
 
 def test_a_damaged_record_stops_a_resumed_run_and_names_the_place(run, tmp_path):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,7 +17,12 @@ AGREED = (
     "num_train_epochs",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "logging_strategy",
+    "save_strategy",
+    "eval_strategy",
     "warmup_steps",
     "logging_steps",
     "save_steps",
@@ -40,14 +46,31 @@ class RanksCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         ranks, every = self.trainer.ranks, self.trainer.args.rank_check_steps
-        due = control.should_save or (every > 0 and state.global_step % every == 0)
-        if not (ranks.several and due):
+        if control.should_save or (every > 0 and state.global_step % every == 0):
+            self._check(str(args.output_dir), state.global_step)
+        elif ranks.several and (control.should_log or control.should_evaluate):
+            ranks.meet()  # here a rank that does not come is noticed, and not where the Trainer gathers
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            self._check(str(args.output_dir), state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(str(args.output_dir), state.global_step)
+
+    def _check(self, output_dir: str, step: int) -> None:
+        ranks = self.trainer.ranks
+        if not ranks.several or ranks.equal == step:
             return
         try:
-            ranks.check({"weights": weights_hash(self.trainer.model).encode()}, state.global_step)
+            ranks.check({"weights": weights_hash(self.trainer.model).encode()}, step)
         except RankError as error:
             self.trainer.forget_after(ranks.equal)
-            checkpoint = newest_checkpoint(str(args.output_dir)) or "none"
+            checkpoint = newest_checkpoint(output_dir, self.trainer.recorder.trajectory, ranks.equal) or "none"
             raise RankError(
                 f"{error} The last good checkpoint is {checkpoint}, and the trajectory now ends after step "
                 f"{ranks.equal}: `resume_from_checkpoint=True` goes on from there."
@@ -55,6 +78,12 @@ class RanksCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.ranks.unhurried()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.is_in_train and not self.trainer.ranks.several:
+            self.trainer.signals.check()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,9 +101,13 @@ def check_start(trainer: Any, recorder: Recorder, inputs: dict[str, Any]) -> Non
     values["the optimizer"] = repr((header.optimizer, header.groups)).encode()
     values["the weights"] = header.start.encode()
     values["the first batch"] = b"".join(
-        name.encode() + value.detach().cpu().contiguous().numpy().tobytes()
+        f"{name} {value.dtype} {value.shape}".encode() + bytes_of(value)
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     )
     trainer.ranks.check(values, header.first_step)
     trainer.ranks.take_bytes()  # those of the start are of no step
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -105,6 +105,14 @@ class Ranks:
                 raise RankError(f"Ranks differ in {name} at step {step}: {others} from rank 0; {since}.")
         self.equal = step
 
+    def meet(self) -> None:
+        """Wait until all ranks are here.
+
+        Raises:
+            RankError: one has not come.
+        """
+        self._sum_(torch.zeros(1, dtype=torch.int64))
+
     def take_bytes(self) -> int:
         """Bytes given to the others since this was last asked."""
         taken, self.bytes = self.bytes, 0

@@ -29,7 +29,9 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self.originals = {number: signal.signal(number, self._note) for number in SIGNALS}
+            # one that is ignored stays so, and one whose handler is not Python's could not be put back
+            heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.originals = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

@@ -56,8 +56,10 @@ class Header:
         groups: names of the parameters of every group, as "params", and the group's options.
         parameters: name → shape, dtype and id of every trained parameter.
         matrices: names of the parameters with low-rank directions, if any have.
+        run: 32 random hexadecimal digits, which its checkpoints have as well.
         start: SHA-256 of all weights before the first step, see `replay.weights_hash`.
         first_step: number of the first step; later steps follow without a gap.
+        continued: whether the optimizer had a state before the first step.
         versions: of the packages that the run used; not compared.
     """
 
@@ -66,8 +68,10 @@ class Header:
     groups: list[dict[str, Any]]
     parameters: dict[str, dict[str, Any]]
     matrices: list[str]
+    run: str
     start: str
     first_step: int
+    continued: bool
     versions: dict[str, str]
     format: int = FORMAT
 
@@ -99,10 +103,7 @@ class Header:
             for name in sorted(self.settings | other.settings)
             if self.settings.get(name) != other.settings.get(name)
         ]
-        if (self.optimizer, self.groups) != (other.optimizer, other.groups):
-            found.append(
-                f"the optimizer is {self.optimizer} {options(self)} and was {other.optimizer} {options(other)}"
-            )
+        found += differences_of_optimizers(self, other)
         if (self.parameters, self.matrices) != (other.parameters, other.matrices):
             found.append("the trained parameters are others")
         return found
@@ -155,6 +156,9 @@ def parse_header(body: bytes, path: Path) -> Header:
 def check_header(header: Header) -> None:
     """Raises: ValueError, TypeError, KeyError or AttributeError when a field is not what it should be."""
     settings, names = header.settings, [name for group in header.groups for name in group["params"]]
+    for field in fields(Header):
+        if type(vars(header)[field.name]) is not KINDS[field.name]:
+            raise TypeError(f"`{field.name}` is {type(vars(header)[field.name]).__name__}")
     for name, least, most in (
         ("seed", 0, 2**32),
         ("num_directions", 1, MOST_BYTES // 8),
@@ -164,17 +168,50 @@ def check_header(header: Header) -> None:
             raise ValueError(f"`{name}` is {settings[name]!r}")
     if settings["distribution"] not in {*DISTRIBUTIONS, *ENTRIES}:
         raise ValueError(f"`distribution` is {settings['distribution']!r}")
-    if type(header.first_step) is not int or not 0 <= header.first_step < 2**32:
+    if not 0 <= header.first_step < 2**32:
         raise ValueError(f"`first_step` is {header.first_step!r}")
-    if not float(settings["max_grad_norm"]) >= 0:
+    if type(settings["max_grad_norm"]) not in (int, float) or not settings["max_grad_norm"] >= 0:
         raise ValueError(f"`max_grad_norm` is {settings['max_grad_norm']!r}")
-    if not all(type(text) is str for text in (header.optimizer, header.start, *header.matrices, *names)):
+    if not all(type(text) is str for text in (*header.versions.values(), *header.matrices, *names)):
         raise ValueError("a name is none")
     if sorted(names) != sorted(header.parameters) or not set(header.matrices) <= set(names):
         raise ValueError("the groups hold other parameters than are listed")
     for name, described in header.parameters.items():
-        if described["id"] != parameter_id(name) or not all(type(size) is int for size in described["shape"]):
+        shape, least = described["shape"], 2 if name in header.matrices else 0  # dimensions
+        whole = all(type(size) is int and 0 <= size < 2**48 for size in shape) and len(shape) >= least
+        if described["id"] != parameter_id(name) or type(described["dtype"]) is not str or not whole:
             raise ValueError(f"parameter {name!r} is {described}")
+
+
+KINDS = {
+    "settings": dict,
+    "optimizer": str,
+    "groups": list,
+    "parameters": dict,
+    "matrices": list,
+    "run": str,
+    "start": str,
+    "first_step": int,
+    "continued": bool,
+    "versions": dict,
+    "format": int,
+}
+
+
+def differences_of_optimizers(now: Header, then: Header) -> list[str]:
+    """In what one run's optimizer differs from another's; options of other optimizers than torch's may be counters."""
+    if now.optimizer != then.optimizer:
+        return [f"the optimizer is {now.optimizer} and was {then.optimizer}"]
+    if [group["params"] for group in now.groups] != [group["params"] for group in then.groups]:
+        return ["the parameters are grouped otherwise"]
+    if not now.optimizer.startswith("torch.optim."):
+        return []
+    return [
+        f"`{name}` of parameter group {place} is {mine.get(name)!r} and was {other.get(name)!r}"
+        for place, (mine, other) in enumerate(zip(options(now), options(then), strict=True))
+        for name in sorted(mine | other)
+        if mine.get(name) != other.get(name)
+    ]
 
 
 def options(header: Header) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """From where a run goes on, and its trajectory: steps that are recorded are repeated, new ones are recorded."""
 
+import json
 import logging
 import os
 import re
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from transformers.trainer_callback import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .cards import versions
 from .config import settings
@@ -21,6 +22,8 @@ from .trajectory import FILE_NAME, Trajectory
 
 
 logger = logging.getLogger(__name__)
+
+RUN_NAME = "run.txt"  # in a checkpoint: the run that it is of
 
 
 class Start(NamedTuple):
@@ -37,36 +40,76 @@ class Start(NamedTuple):
     fresh: bool = True
 
 
-def start_of(output_dir: str, resume: str | bool | None) -> Start:
-    """What `resume_from_checkpoint` stands for.
+def start_of(trainer: Any, resume: str | bool | None) -> Start:
+    """What `resume_from_checkpoint` stands for, to all ranks what it is to the first.
 
-    `True` is the newest whole checkpoint and all steps recorded since, or the recorded steps alone; so is a restart by
-    torchrun. The path of an earlier checkpoint drops the steps recorded since.
+    `True` is the newest whole checkpoint of the recorded run and all steps recorded since, or the recorded steps
+    alone; so is a restart by torchrun. The path of an earlier checkpoint drops the steps recorded since.
+
+    Raises:
+        TrajectoryError: the trajectory is damaged.
     """
-    newest = newest_checkpoint(output_dir)
-    recorded = Path(output_dir, FILE_NAME).exists()
-    if not resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (newest or recorded):
-        resume = True
+    found = find_start(str(trainer.args.output_dir), resume) if trainer.is_world_process_zero() else Start()
+    if not trainer.ranks.several:
+        return found
+    return Start(*json.loads(broadcast_bytes(json.dumps(found).encode(), trainer.args.device)))
+
+
+def find_start(output_dir: str, resume: str | bool | None) -> Start:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not resume and not restarted:
+        return Start()
+    recorded = Trajectory.find(Path(output_dir, FILE_NAME))
+    newest = newest_checkpoint(output_dir, recorded)
+    if resume is True or (not resume and (newest or recorded)):
+        return Start(newest if newest or recorded else True, goes_on=True, fresh=False)
     if not resume:
         return Start()
-    if resume is True:
-        return Start(newest if newest or recorded else True, goes_on=True, fresh=False)
     same = newest is not None and os.path.realpath(resume) == os.path.realpath(newest)
     return Start(resume, goes_on=same, fresh=False)
 
 
-def newest_checkpoint(output_dir: str) -> str | None:
-    """The newest folder `checkpoint-<step>` that was written to its end; its `trainer_state.json` is written last."""
-    folders = {
-        int(m[1]): path for path in Path(output_dir).glob("*/") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    }
+def newest_checkpoint(output_dir: str, recorded: Trajectory | None = None, upto: int | None = None) -> str | None:
+    """The newest folder `checkpoint-<step>` that was written to its end, of the recorded run if there is one.
+
+    `trainer_state.json` is written last, and after it the run's name. A checkpoint without the optimizer's state is
+    none that a recorded run can go on from.
+
+    Args:
+        upto: a later one is not asked for.
+    """
+    folders = {int(m[1]): p for p in Path(output_dir).glob("*/") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
     for step in sorted(folders, reverse=True):
+        folder = folders[step]
+        if (upto is not None and step > upto) or not (recorded is None or belongs(folder, recorded)):
+            continue
         try:
-            if TrainerState.load_from_json(str(folders[step] / "trainer_state.json")).global_step == step:
-                return str(folders[step])
+            if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step == step:
+                return str(folder)
         except (OSError, ValueError, TypeError):
-            logger.warning(f"{folders[step]} was not written to its end, and is left aside.")
+            logger.warning(f"{folder} was not written to its end, and is left aside.")
     return None
+
+
+def belongs(folder: Path, recorded: Trajectory) -> bool:
+    """Whether a checkpoint is of the recorded run, optimizer and all."""
+    name = folder / RUN_NAME
+    same = name.exists() and name.read_text(encoding="utf-8") == recorded.header.run
+    return same and (folder / "optimizer.pt").exists()
+
+
+class RunCallback(TrainerCallback):
+    """Writes the run's name into its checkpoints, and ends a run that has nothing left to do."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        header = self.trainer.recorder.header
+        if args.should_save and header is not None:
+            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            if folder.exists():  # those of a search are elsewhere
+                (folder / RUN_NAME).write_text(header.run, encoding="utf-8")
 
 
 class Recorder:
@@ -156,26 +199,27 @@ def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
     path.parent.mkdir(parents=True, exist_ok=True)
     found = None if start.fresh else Trajectory.find(path)
     if found is not None:
-        wrong = mismatch(trainer, header, found)
+        wrong = mismatch(trainer, header, found, start)
         if wrong and start.checkpoint is None:
-            raise TrajectoryError(f"{path}: the run cannot go on, as there is no checkpoint and {wrong}.")
+            raise TrajectoryError(f"{path}: the run cannot go on, as it has no checkpoint and {wrong}.")
         if not wrong:
             if not start.goes_on:
                 found.cut(now)
-            trainer.update.trajectory = found.identity
+            found.cut(trainer.state.max_steps)  # a run that is made shorter ends there
+            trainer.update.trajectory = found.header.run
             return found
         logger.warning(f"{path} cannot be gone on with, as {wrong}: a new one begins at step {now}.")
     made = Trajectory.create(path, header)
-    trainer.update.trajectory = made.identity
+    trainer.update.trajectory = header.run
     return made
 
 
-def mismatch(trainer: Any, header: Header, found: Trajectory) -> str:
+def mismatch(trainer: Any, header: Header, found: Trajectory, start: Start) -> str:
     """Why a trajectory cannot be gone on with from the present step, in words; empty when it can."""
     differences = header.differences(found.header)
     if differences:
         return "; ".join(differences)
-    if trainer.update.trajectory not in (0, found.identity):
+    if start.checkpoint is not None and trainer.update.trajectory != found.header.run:
         return "it is not that of the checkpoint's run"
     if not found.header.first_step <= header.first_step <= found.stop:
         return f"it has steps {found.header.first_step} to {found.stop - 1}"

@@ -4,7 +4,10 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from .estimators import Estimate
 from .low_rank import Kind, LowRank
 from .noise import CHUNK, parameter_id, spans
-from .record import Header, Step, TrajectoryError
+from .record import Header, Step, TrajectoryError, differences_of_optimizers
 from .trajectory import Trajectory
 from .update import Update
 
@@ -38,7 +41,7 @@ def replay(
         trajectory: a file's path, or an open one.
         upto: number of steps after which to stop; all by default.
         optimizer: of the model's parameters, in place of one made from the header; needed for other than torch's own,
-            and where the trajectory starts in the midst of a run with an optimizer that has a state.
+            for learning rates that are tensors, and where the optimizer had a state when the trajectory began.
 
     Raises:
         TrajectoryError: the file is corrupt, belongs to another model, or needs an `optimizer`.
@@ -50,14 +53,43 @@ def replay(
             f"{found.path}: `upto` must be between {header.first_step} and {found.stop}, the steps it has; got {upto}."
         )
     check_model(model, header, str(found.path))
-    parameters = dict(model.named_parameters())
-    made = optimizer or optimizer_of(header, parameters, str(found.path))
-    update = Update(made, {parameter: name for name, parameter in parameters.items()})
-    for step in found:
-        if step.step == stop:
-            break
-        repeat_(update, header, step)
+    with trained(model, header) as parameters:
+        made = optimizer or optimizer_of(header, parameters, str(found.path))
+        update = Update(made, {parameter: name for name, parameter in parameters.items()})
+        check_optimizer_of(update, header, str(found.path))
+        try:
+            for step in found:
+                if step.step == stop:
+                    break
+                repeat_(update, header, step)
+        except TrajectoryError:
+            raise
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # of a header that was forged
+            raise TrajectoryError(f"{found.path}: the optimizer's options make no sense: {error}.") from error
     return model
+
+
+@contextmanager
+def trained(model: nn.Module, header: Header) -> Iterator[dict[str, nn.Parameter]]:
+    """All parameters by name; inside the block those of the run, and no others, are to be trained."""
+    parameters = dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in header.parameters)
+        yield parameters
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(flags[name])
+
+
+def check_optimizer_of(update: Update, header: Header, path: str) -> None:
+    """Raises: TrajectoryError when the optimizer is not of the run's kind, or groups its parameters otherwise."""
+    groups, kept = groups_of(update), type(update.optimizer)
+    now = replace(header, optimizer=f"{kept.__module__}.{kept.__qualname__}", groups=groups)
+    differences = differences_of_optimizers(now, header)
+    if differences:
+        raise TrajectoryError(f"{path}: {'; '.join(differences)}: pass an `optimizer` like that of the run.")
 
 
 def repeat_(update: Update, header: Header, step: Step) -> None:
@@ -71,7 +103,9 @@ def repeat_(update: Update, header: Header, step: Step) -> None:
 def estimate_of(update: Update, header: Header, step: Step) -> Estimate:
     """What a recorded step estimated; the update gets the step's learning rates."""
     for group, rate in zip(update.param_groups, step.rates, strict=True):
-        if not math.isnan(rate):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        elif not math.isnan(rate):
             group["lr"] = rate
     return Estimate(header.directions(step.step), step.coefficients, step.loss, header.kind)
 
@@ -86,29 +120,46 @@ def header_of(
     versions: dict[str, str],
 ) -> Header:
     """The header of a run that begins with the model's present weights."""
-    names = {parameter: name for name, parameter in update.parameters.items()}
-    groups = [
-        {"params": [names[p] for p in group["params"] if p in names]} | options
-        for group, options in zip(update.param_groups, options_of(update), strict=True)
-    ]
     kept = type(update.optimizer)
     return Header(
         settings,
         f"{kept.__module__}.{kept.__qualname__}",
-        groups,
+        groups_of(update),
         {name: described(name, parameter) for name, parameter in update.parameters.items()},
         sorted(kind.matrices & update.parameters.keys()) if isinstance(kind, LowRank) else [],
+        token_hex(16),
         weights_hash(model),
         first_step,
+        has_state(update.optimizer),
         versions,
     )
 
 
+def has_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has made a step that later ones depend on."""
+    return any(float(own["step"]) > 0 if "step" in own else bool(own) for own in optimizer.state.values())
+
+
+def groups_of(update: Update) -> list[dict[str, Any]]:
+    """Names of the parameters of every group, as "params", and the group's options but the learning rate."""
+    names = {parameter: name for name, parameter in update.parameters.items()}
+    return [
+        {"params": [names[p] for p in group["params"] if p in names]} | options
+        for group, options in zip(update.param_groups, options_of(update), strict=True)
+    ]
+
+
 def options_of(update: Update) -> list[dict[str, Any]]:
     """Options of every parameter group but the learning rate."""
-    left_out = ("params", "lr", "initial_lr")
+    left_out = ("params", "initial_lr")
     return [
-        {name: plain(value) for name, value in group.items() if name not in left_out} for group in update.param_groups
+        # a rate that is a tensor is added otherwise than one that is a float
+        {
+            name: plain(value)
+            for name, value in group.items()
+            if name not in left_out and (name != "lr" or isinstance(value, Tensor))
+        }
+        for group in update.param_groups
     ]
 
 
@@ -116,6 +167,8 @@ def plain(value: Any) -> Any:
     """A value of an optimizer's options as JSON gives it back; text stands for what JSON has no word for."""
     if isinstance(value, (tuple, list)):
         return [plain(each) for each in value]
+    if isinstance(value, Tensor):
+        return f"{value.dtype}"
     return value if isinstance(value, PLAIN) else repr(value)
 
 
@@ -169,17 +222,16 @@ def optimizer_of(header: Header, parameters: Mapping[str, Tensor], path: str) ->
     Raises:
         TrajectoryError: it is none of torch's, or had a state when the trajectory began.
     """
-    module, _, name = header.optimizer.rpartition(".")
+    name = header.optimizer.rpartition(".")[2]
     kind = vars(torch.optim).get(name)
-    if not module.startswith("torch.optim.") or not isinstance(kind, type):
+    if not isinstance(kind, type) or f"{kind.__module__}.{kind.__qualname__}" != header.optimizer:
         raise TrajectoryError(f"{path}: the run used {header.optimizer}: pass `optimizer`, one of that kind.")
     groups = [group | {"params": [parameters[name] for name in group["params"]]} for group in header.groups]
     try:
         made = kind(groups)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TrajectoryError(f"{path}: {name} cannot be made from the header ({error}): pass `optimizer`.") from error
-    stateless = name == "SGD" and not any(group["momentum"] for group in header.groups)
-    if header.first_step and not stateless:
+    if header.continued:
         raise TrajectoryError(
             f"{path}: it begins at step {header.first_step}, when {name} had a state: pass `optimizer` with it."
         )

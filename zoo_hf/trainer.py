@@ -27,7 +27,7 @@ from .estimators import Estimate
 from .interrupt import Interrupted, Signals
 from .objective import member_losses, plan, probes_of
 from .preparation import check_weights, prepare_
-from .recovery import Recorder, Start, recorder_of, start_of
+from .recovery import Recorder, RunCallback, Start, recorder_of, start_of
 from .update import Update, check_optimizer
 
 
@@ -64,8 +64,9 @@ class ZOOTrainerMixin(Base):
         self.probes: Any = None  # Probes, from the first step on
         self.signals = Signals()
         self._figures, self._start = Figures(), Start()
-        self._recorder = Recorder()  # of a run, from the first step of `train` on
+        self.recorder = Recorder()  # of a run, from the first step of `train` on
         super().__init__(*args, **kwargs)
+        self.add_callback(RunCallback(self))
         self.add_callback(RanksCallback(self))
         self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
         if self.optimizer is not None:
@@ -102,7 +103,7 @@ class ZOOTrainerMixin(Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
-        self.losses, self._figures, self.probes, self._recorder = [], Figures(), None, Recorder()  # of no other run
+        self.losses, self._figures, self.probes, self.recorder = [], Figures(), None, Recorder()  # of no other run
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -122,16 +123,20 @@ class ZOOTrainerMixin(Base):
         Raises:
             TrajectoryError: the trajectory is damaged, or of another run and there is no checkpoint.
         """
-        self._start = start_of(str(self.args.output_dir), resume_from_checkpoint)
+        self._start = start_of(self, resume_from_checkpoint)
         with Signals() as self.signals:
             try:
                 return super().train(self._start.checkpoint, *args, **kwargs)
+            except Finished:
+                logger.warning(f"The run has made its {self.state.max_steps} steps, and nothing was left to do.")
+                return TrainOutput(self.state.global_step, 0.0, {})
             except Interrupted:
                 if self.state.global_step > 0:
                     self._save_checkpoint(self.model_wrapped, trial=None)
+                    self.callback_handler.on_save(self.args, self.state, self.control)
                 raise
             finally:
-                self._recorder = Recorder()
+                self.recorder = Recorder()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Losses of this rank's members; after the last micro-batch, the estimate from the losses of all ranks.
@@ -140,10 +145,14 @@ class ZOOTrainerMixin(Base):
         loss: accumulated losses give the coefficients of one large batch. A step that is recorded is not evaluated.
         """
         start = time.perf_counter()
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+            raise Finished  # the stock Trainer makes one more step when a finished run is resumed
         self._enter_training(model, inputs)
         inputs = with_state(self._prepare_inputs(inputs), self.update.carried_state)
         estimator, directions, members = plan(self)
-        known = self._recorder.recorded.get(self.state.global_step)
+        known = self.recorder.recorded.get(self.state.global_step)
+        if known and not self.ranks.several:
+            self.signals.check()
         if not known:
             kind = estimator.distribution
             self.losses.append(member_losses(self, model, inputs, num_items_in_batch, members=members, kind=kind))
@@ -155,11 +164,11 @@ class ZOOTrainerMixin(Base):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         if known:
-            estimate = self._recorder.repeat(self, known)
+            estimate = self.recorder.repeat(self, known)
         else:
             losses = self.ranks.exchange(functools.reduce(torch.add, self.losses), len(members))
             estimate = estimator.estimate(directions, losses)
-            self._recorder.append(self, estimate, self.probes.key(inputs))
+            self.recorder.append(self, estimate, self.probes.key(inputs))
         self.losses, self.update.population = [], self.probes.chosen
         self._figures.estimates.append(estimate)
         self.update.hold(estimate)  # applied by the optimizer's step, one parameter at a time
@@ -172,16 +181,16 @@ class ZOOTrainerMixin(Base):
         if self.probes is None:  # after a checkpoint was loaded, if there is one
             self.probes = probes_of(self)
             if self.is_in_train:
-                self._recorder = recorder_of(self, self._start)
-                check_start(self, self._recorder, inputs)
+                self.recorder = recorder_of(self, self._start)
+                check_start(self, self.recorder, inputs)
         model.train()
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
 
     def forget_after(self, step: int) -> None:
         """Drop what is recorded after a number of steps."""
-        if self._recorder.trajectory is not None:
-            self._recorder.trajectory.cut(step)
+        if self.recorder.trajectory is not None:
+            self.recorder.trajectory.cut(step)
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Norm of the estimate before clipping; none is computed, or logged, when nothing is clipped."""
@@ -230,6 +239,10 @@ class ZOOTrainer(ZOOTrainerMixin, Trainer):
         Chaubard, Kochenderfer: Scaling Recurrent Neural Networks to a Billion Parameters with Zero-Order Optimization.
         2025. arXiv:2505.17852.
     """
+
+
+class Finished(Exception):  # what ends the Trainer's loop, and no error
+    """A run that is resumed has nothing left to do."""
 
 
 class Figures:

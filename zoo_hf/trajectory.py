@@ -36,9 +36,8 @@ class Trajectory:
     `Trajectory.open(path)` reads one, `Trajectory.create(path, header)` begins one. Iterating reads its steps.
     """
 
-    def __init__(self, path: Path, header: Header, identity: int, *, end: int, checksum: int, steps: int):
+    def __init__(self, path: Path, header: Header, *, end: int, checksum: int, steps: int):
         self.path, self.header = path, header
-        self.identity = identity  # of the run: checksum of its header
         self.end, self.checksum, self.steps = end, checksum, steps  # of the last whole frame; how many steps
 
     @classmethod
@@ -54,7 +53,7 @@ class Trajectory:
         checksum = zlib.crc32(body, zlib.crc32(SIGNATURE))
         content = SIGNATURE + frame(body, checksum)
         path.write_bytes(content)
-        return cls(path, header, checksum, end=len(content), checksum=checksum, steps=0)
+        return cls(path, header, end=len(content), checksum=checksum, steps=0)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Trajectory":
@@ -71,7 +70,7 @@ class Trajectory:
             if header is None:
                 raise TrajectoryError(f"{path}: its header was not written to the end, so that nothing is in it.")
             parsed = parse_header(header.body, path)
-            found = cls(path, parsed, header.checksum, end=header.end, checksum=header.checksum, steps=0)
+            found = cls(path, parsed, end=header.end, checksum=header.checksum, steps=0)
             for part, _ in found._steps(frames):
                 found.end, found.checksum, found.steps = part.end, part.checksum, found.steps + 1
             torn = path.stat().st_size - found.end
@@ -102,8 +101,12 @@ class Trajectory:
         with self.path.open("rb") as file:
             frames = read_frames(file, self.path)
             next(frames)
-            for _, (_, step) in zip(range(self.steps), self._steps(frames), strict=False):
-                yield step
+            steps = self._steps(frames)
+            for number in range(self.steps):
+                found = next(steps, None)
+                if found is None:
+                    raise TrajectoryError(f"{self.path}: it has {number} steps now, and had {self.steps}.")
+                yield found[1]
 
     def _steps(self, frames: "Iterator[Frame]") -> "Iterator[tuple[Frame, Step]]":
         """Every further frame, and the step in it."""
@@ -133,9 +136,13 @@ class Trajectory:
             TrajectoryError: it is not the next step, or has other numbers of coefficients or rates than the header.
             OSError: it could not be written; the file ends with the step before.
         """
-        body = self.header.pack(step)
-        if step.step != self.stop or len(body) != self.header.step_bytes:
+        if step.step != self.stop:
             raise TrajectoryError(f"{self.path}: step {step.step} is not what can follow step {self.stop - 1}.")
+        try:
+            body = self.header.pack(step)
+            self.header.unpack(body)
+        except (ValueError, struct.error) as error:
+            raise TrajectoryError(f"{self.path}: step {step.step} cannot be recorded: {error}.") from error
         checksum = zlib.crc32(body, self.checksum)
         content = frame(body, checksum)
         with self.path.open("r+b", buffering=0) as file:

@@ -61,7 +61,7 @@ class Update(torch.optim.Optimizer):
         self.settings: dict[str, Any] = {}
         self.carried_state: Tensor | None = None  # of a recurrent model, from batch to batch, and saved as well
         self.population: dict[int, int] = {}  # a batch's key → members a forward pass, as chosen; saved as well
-        self.trajectory = 0  # identity of the run's record, 0 for none; saved as well
+        self.trajectory = ""  # name of the recorded run; saved as well
         self.estimate: Estimate | None = None
         self.clip = 1.0
 
