@@ -88,21 +88,23 @@ def test_after_the_start_only_the_members_losses_cross_ranks_whatever_the_models
         assert [name for name, *_ in result["heard"][:start]] == ["broadcast"] * start
         recorded, agreed = result["heard"][start : start + 2], result["heard"][start + 2]
         assert recorded == [["broadcast", 1, "torch.int64"], ["broadcast", 1, "torch.uint8"]], "no step was recorded"
-        assert agreed == ["all_reduce", 2 * 4 * 26, "torch.int64"], (
+        assert agreed == ["all_reduce", 2 * 4 * 31, "torch.int64"], (
             "32 bytes for each thing that has to be equal, of both"
         )
         losses = [["all_reduce", members, "torch.int64"]]
         figure = ["all_gather", 1, "torch.float32"]  # the Trainer's loss, or its count of floating-point operations
-        logged = [figure] * 2 if case == "logged" else []
-        *steps, (name, numel, _) = result["heard"][start + 3 :]
+        # before the Trainer gathers, ranks make sure that all have come
+        logged = [["all_reduce", 1, "torch.int64"], figure, figure] if case == "logged" else []
+        *steps, (name, numel, _), last = result["heard"][start + 3 :]
         assert steps == (losses + logged) * result["steps"]
         assert (name, numel) == ("all_gather", 1), "the count once more, when it ends"
+        assert last == ["all_reduce", 2 * 4, "torch.int64"], "a hash of the weights, of both"
 
 
 @pytest.mark.filterwarnings(FORKED)
 def test_the_log_says_how_many_bytes_a_step_gave_to_the_other_ranks(launched):
     for entries in (rank["logged"]["bytes"] for rank in launched):
-        assert entries == [8 * 2 * 4] * 6, "a float64 for every member"
+        assert entries == [8 * 2 * 4 + 8] * 6, "a float64 for every member, and once that ranks have come"
 
 
 @pytest.mark.filterwarnings(FORKED)

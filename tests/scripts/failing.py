@@ -27,12 +27,18 @@ class Failing(TrainerCallback):
     def __init__(self, how: str):
         self.how = how
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.how == "hangs after a step" and state.global_step == FAILS and torch.distributed.get_rank() == 2:
+            print(f"FAILS {time.time()}", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
     def on_step_begin(self, args, state, control, model, **kwargs):
         ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         if state.global_step != FAILS or rank != ranks - 1 or not first_start:
             return
-        print(f"FAILS {time.time()}", flush=True)
+        if self.how != "hangs after a step":
+            print(f"FAILS {time.time()}", flush=True)
         if self.how in ("dies", "restarted"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "hangs":
