@@ -276,3 +276,15 @@ def test_a_restart_by_torchrun_goes_on_by_itself(run, monkeypatch):
     passes = Passes(model)
     assert equal(whole, run("parts", model=model, callbacks=[passes]))
     assert passes.seen == [0, 0, 8, 8, 8]
+
+
+def test_a_run_that_crashes_twice_goes_on_from_its_newest_checkpoint(run, tmp_path):
+    whole = run("whole")
+    run("parts", crash=4)
+    run("parts", crash=7, resume=True)
+    names = {(folder / "run.txt").read_text() for folder in (tmp_path / "parts").glob("checkpoint-*")}
+    assert names == {Trajectory.open(tmp_path / "parts/trajectory.zoo").header.run}
+    model = tiny_lstm()
+    passes = Passes(model)
+    assert equal(whole, run("parts", resume=True, model=model, callbacks=[passes]))
+    assert passes.seen == [0, 8]

@@ -99,14 +99,14 @@ def belongs(folder: Path, recorded: Trajectory) -> bool:
 
 
 class RunCallback(TrainerCallback):
-    """Writes the run's name into its checkpoints, and ends a run that has nothing left to do."""
+    """Writes the run's name into its checkpoints."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         header = self.trainer.recorder.header
-        if args.should_save and header is not None:
+        if state.is_world_process_zero and header is not None:
             folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
             if folder.exists():  # those of a search are elsewhere
                 (folder / RUN_NAME).write_text(header.run, encoding="utf-8")
@@ -186,7 +186,7 @@ def recorder_of(trainer: Any, start: Start) -> Recorder:
         steps = [header.unpack(bodies[first : first + length]) for first in range(0, len(bodies), length)]
     if steps:
         logger.info(f"Steps {steps[0].step} to {steps[-1].step} are repeated from the trajectory.")
-    return Recorder(header, {step.step: step for step in steps}, trajectory)
+    return Recorder(trajectory.header if trajectory else header, {step.step: step for step in steps}, trajectory)
 
 
 def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
