@@ -84,18 +84,18 @@ def test_tokens_that_all_ranks_see_are_counted_once(launched):
 )
 def test_after_the_start_only_the_members_losses_cross_ranks_whatever_the_models_size(launched, case, members):
     for result in (rank[case] for rank in launched):
+        decided, heard = result["heard"][:2], result["heard"][2:]
+        assert [name for name, *_ in decided] == ["broadcast"] * 2, "from where the run goes on: its length, and it"
         start = 1 + len(result["weights"])  # a generator's state, and every weight once
-        assert [name for name, *_ in result["heard"][:start]] == ["broadcast"] * start
-        recorded, agreed = result["heard"][start : start + 2], result["heard"][start + 2]
+        assert [name for name, *_ in heard[:start]] == ["broadcast"] * start
+        recorded, agreed = heard[start : start + 2], heard[start + 2]
         assert recorded == [["broadcast", 1, "torch.int64"], ["broadcast", 1, "torch.uint8"]], "no step was recorded"
-        assert agreed == ["all_reduce", 2 * 4 * 31, "torch.int64"], (
-            "32 bytes for each thing that has to be equal, of both"
-        )
+        assert agreed == ["all_reduce", 2 * 4 * 31, "torch.int64"], "32 bytes for each thing to be equal, of both"
         losses = [["all_reduce", members, "torch.int64"]]
         figure = ["all_gather", 1, "torch.float32"]  # the Trainer's loss, or its count of floating-point operations
         # before the Trainer gathers, ranks make sure that all have come
         logged = [["all_reduce", 1, "torch.int64"], figure, figure] if case == "logged" else []
-        *steps, (name, numel, _), last = result["heard"][start + 3 :]
+        *steps, (name, numel, _), last = heard[start + 3 :]
         assert steps == (losses + logged) * result["steps"]
         assert (name, numel) == ("all_gather", 1), "the count once more, when it ends"
         assert last == ["all_reduce", 2 * 4, "torch.int64"], "a hash of the weights, of both"

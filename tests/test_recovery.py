@@ -288,3 +288,10 @@ def test_a_run_that_crashes_twice_goes_on_from_its_newest_checkpoint(run, tmp_pa
     passes = Passes(model)
     assert equal(whole, run("parts", resume=True, model=model, callbacks=[passes]))
     assert passes.seen == [0, 8]
+
+
+def test_a_record_without_any_step_is_something_to_go_on_from(run, tmp_path):
+    whole = run("whole")
+    run("parts", crash=1, save_strategy="no")
+    Trajectory.open(tmp_path / "parts/trajectory.zoo").cut(0)
+    assert equal(whole, run("parts", resume=True))

@@ -61,8 +61,9 @@ def find_start(output_dir: str, resume: str | bool | None) -> Start:
         return Start()
     recorded = Trajectory.find(Path(output_dir, FILE_NAME))
     newest = newest_checkpoint(output_dir, recorded)
-    if resume is True or (not resume and (newest or recorded)):
-        return Start(newest if newest or recorded else True, goes_on=True, fresh=False)
+    something = newest is not None or recorded is not None  # also a record without any step
+    if resume is True or (not resume and something):
+        return Start(newest if something else True, goes_on=True, fresh=False)
     if not resume:
         return Start()
     same = newest is not None and os.path.realpath(resume) == os.path.realpath(newest)
@@ -179,14 +180,16 @@ def recorder_of(trainer: Any, start: Start) -> Recorder:
         versions=versions(),
     )
     trajectory = open_trajectory(trainer, header, start) if trainer.is_world_process_zero() else None
-    steps = [step for step in trajectory or () if step.step >= header.first_step]
+    steps = [step for step in ([] if trajectory is None else trajectory) if step.step >= header.first_step]
     if trainer.ranks.several:
         bodies = broadcast_bytes(b"".join(map(header.pack, steps)), trainer.args.device)
         length = header.step_bytes
         steps = [header.unpack(bodies[first : first + length]) for first in range(0, len(bodies), length)]
     if steps:
         logger.info(f"Steps {steps[0].step} to {steps[-1].step} are repeated from the trajectory.")
-    return Recorder(trajectory.header if trajectory else header, {step.step: step for step in steps}, trajectory)
+    return Recorder(
+        header if trajectory is None else trajectory.header, {step.step: step for step in steps}, trajectory
+    )
 
 
 def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
