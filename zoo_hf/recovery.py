@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -187,9 +188,9 @@ def recorder_of(trainer: Any, start: Start) -> Recorder:
         steps = [header.unpack(bodies[first : first + length]) for first in range(0, len(bodies), length)]
     if steps:
         logger.info(f"Steps {steps[0].step} to {steps[-1].step} are repeated from the trajectory.")
-    return Recorder(
-        header if trajectory is None else trajectory.header, {step.step: step for step in steps}, trajectory
-    )
+    if trajectory is not None:
+        header = replace(header, run=trajectory.header.run)  # the rest is what ranks compare now
+    return Recorder(header, {step.step: step for step in steps}, trajectory)
 
 
 def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
