@@ -8,7 +8,7 @@ and `population` probes and of what `auto` takes, over their floor, the step's 2
 mode, as steps run them. All are interleaved in one process; figures are medians, and of `auto` also the slowest and
 the fastest step beside the floor of the same round. Then a linear layer, 2048 × 2048 in bfloat16: 256 rows for 64
 members with low-rank displacements of their own, noise included, beside the plain layer on the same rows.
-`--fit` adds the constants of `zoo_hf.probes.RATES` that these times ask for.
+`--fit` adds the constants of `zoo_hf.prediction.RATES` that these times ask for.
 """
 
 import argparse
@@ -40,10 +40,11 @@ from zoo_hf import (
     ZooMamba2Config,
     ZooMamba2ForCausalLM,
 )
+from zoo_hf.displaced import multiplied
 from zoo_hf.kernels import use_compiler
 from zoo_hf.low_rank import LowRank, kind_of
 from zoo_hf.meter import work
-from zoo_hf.population import evaluate, member_weights, multiplied
+from zoo_hf.population import evaluate, member_weights
 from zoo_hf.probes import Probes
 
 

@@ -14,11 +14,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from zoo_hf import CentralDifference, Direction, ForwardDifference, Member, ZOOTrainer, probe
+from zoo_hf.displaced import DisplacedMatrix, dense
+from zoo_hf.failures import out_of_memory
 from zoo_hf.low_rank import kind_of
 from zoo_hf.meter import work
 from zoo_hf.perturbation import probing_mode, seeded
-from zoo_hf.population import DisplacedMatrix, dense, evaluate, member_weights, probe_population
-from zoo_hf.probes import EVERY, FEW, Probes, out_of_memory
+from zoo_hf.population import evaluate, member_weights, probe_population
+from zoo_hf.prediction import FEW
+from zoo_hf.probes import EVERY, Probes
 
 
 RADIUS = 1e-3
@@ -225,7 +228,7 @@ def test_members_matrices_are_never_made_where_a_layer_multiplies(monkeypatch):
     made = []
     original = dense
     monkeypatch.setattr(
-        "zoo_hf.population.dense",
+        "zoo_hf.displaced.dense",
         lambda v: (made.append(v.base.shape) if type(v) is DisplacedMatrix else 0, original(v))[1],
     )
     for model in (tiny_llama(), tiny_gpt2()):
@@ -548,14 +551,14 @@ def test_auto_takes_a_population_where_overhead_outweighs_arithmetic(make, count
 def test_a_population_is_no_larger_than_what_may_be_added_to_memory(monkeypatch):
     model = tiny_llama().eval()
     for room, most in ((10**9, 16), (200_000, 4), (0, 1)):
-        monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
+        monkeypatch.setattr("zoo_hf.prediction.ADDED_BYTES", room)
         with torch.inference_mode():
             probes, _ = of_probes("auto", model, loss_of(model), MANY[:16])
         assert probes.chosen[KEY] <= most
 
 
 def test_a_larger_batch_gets_a_population_of_its_own(trainer, monkeypatch):
-    monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", 1_000_000)
+    monkeypatch.setattr("zoo_hf.prediction.ADDED_BYTES", 1_000_000)
     model = tiny_llama()
     run = trainer(model, texts(4), probes="auto", num_directions=8)
     for rows in (1, 32):
@@ -595,7 +598,7 @@ def test_batches_of_as_many_numbers_but_another_shape_do_not_share_a_choice():
 @pytest.mark.parametrize("first", [33, 48, 64])
 def test_what_was_measured_on_a_shorter_batch_holds_for_the_longest_of_its_key(first, monkeypatch):
     room = 3_000_000
-    monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
+    monkeypatch.setattr("zoo_hf.prediction.ADDED_BYTES", room)
     model = tiny_llama().eval()
     short, long = (
         {"input_ids": ids, "labels": ids} for ids in (torch.ones(2, first).long(), torch.ones(2, 64).long())
@@ -629,7 +632,7 @@ def test_a_population_stays_within_its_memory_whatever_its_dtype_and_noise(
     dtype, estimator, distribution, monkeypatch
 ):
     room, philox = 12_000_000, 4 << 20  # which is taken while any noise is made
-    monkeypatch.setattr("zoo_hf.probes.ADDED_BYTES", room)
+    monkeypatch.setattr("zoo_hf.prediction.ADDED_BYTES", room)
     model = tiny_llama().eval().to(dtype)
     members = estimator(RADIUS, distribution).members([Direction(1, 2, index) for index in range(900)])
     with torch.inference_mode():
