@@ -11,7 +11,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
 
-from zoo_hf.cards import hardware, versions
+from zoo_hf.procedure import hardware, versions
 
 
 ROOT = Path(__file__).parent.parent

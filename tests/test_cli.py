@@ -59,12 +59,13 @@ def trained(trainer, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("arguments", [["start"], ["run", "--from-config"]], ids=["weights", "configuration"])
-def test_replay_saves_the_weights_of_the_run(trained, arguments, capsys):
-    model, *options = arguments
-    paths = [str(trained / name) for name in (model, "run/trajectory.zoo", "again")]
+@pytest.mark.parametrize("options", [["--model", "start"], []], ids=["weights", "origin"])
+@pytest.mark.parametrize("place", ["run", "run/trajectory.zoo"], ids=["folder", "file"])
+def test_replay_saves_the_weights_of_the_run(trained, options, place, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    paths = [place, "again"]
     assert cli.main(["replay", *paths, *options]) == 0
-    assert capsys.readouterr().out == f"4 steps made again: {trained / 'again'}\n"
+    assert capsys.readouterr().out == "The run is made again: again\n"
     assert (trained / "again/model.safetensors").read_bytes() == (trained / "run/model.safetensors").read_bytes()
     assert cli.main(["replay", *paths, *options, "--upto", "0"]) == 0
     assert (trained / "again/model.safetensors").read_bytes() == (trained / "start/model.safetensors").read_bytes()
@@ -73,10 +74,11 @@ def test_replay_saves_the_weights_of_the_run(trained, arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["replay", "run", "run/trajectory.zoo", "again"], "the model's weights are not those that the run started"),
-        (["replay", "start", "run/trajectory.zoo", "again", "--upto", "9"], "`upto` must be between 0 and 4"),
-        (["replay", "nothing", "run/trajectory.zoo", "again"], "couldn't find them in the cached files"),
-        (["replay", "start", "run/model.safetensors", "again"], "this is no trajectory of zoo_hf"),
+        (["replay", "run", "again", "--model", "run"], "the model's weights are not those that the run started"),
+        (["replay", "run", "again", "--upto", "9"], "`upto` must be between 0 and 4"),
+        (["replay", "run", "again", "--model", "nothing"], "couldn't find them in the cached files"),
+        (["replay", "run/model.safetensors", "again"], "this is no trajectory of zoo_hf"),
+        (["replay", "start", "again"], "start: in this folder is no trajectory.zoo"),
         (["trajectory", "info", "run/nothing.zoo"], "No such file"),
     ],
 )

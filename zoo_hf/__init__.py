@@ -3,6 +3,7 @@
 from .config import ZOOArguments, ZOOConfig
 from .estimators import CentralDifference, Estimate, ForwardDifference
 from .gradients import gradient
+from .hub import load_from_trajectory
 from .models import (
     DNCConfig,
     DNCForCausalLM,
@@ -18,7 +19,9 @@ from .models import (
     ZooMamba2Model,
 )
 from .noise import Direction, entries, philox4x32
+from .origin import from_base
 from .perturbation import Member, perturbed, probe
+from .pushing import PushError
 from .record import TrajectoryError
 from .replay import replay
 from .trainer import ZOOTrainer, ZOOTrainerMixin
@@ -35,6 +38,7 @@ __all__ = [
     "Estimate",
     "ForwardDifference",
     "Member",
+    "PushError",
     "RNNConfig",
     "RNNForCausalLM",
     "RNNModel",
@@ -52,7 +56,9 @@ __all__ = [
     "ZooMamba2ForCausalLM",
     "ZooMamba2Model",
     "entries",
+    "from_base",
     "gradient",
+    "load_from_trajectory",
     "perturbed",
     "philox4x32",
     "probe",

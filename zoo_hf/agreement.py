@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .distributed import RankError
+from .meter import tensors
 from .recovery import Recorder, newest_checkpoint
 from .replay import weights_hash
 
@@ -101,9 +102,7 @@ def check_start(trainer: Any, recorder: Recorder, inputs: dict[str, Any]) -> Non
     values["the optimizer"] = repr((header.optimizer, header.groups)).encode()
     values["the weights"] = header.start.encode()
     values["the first batch"] = b"".join(
-        f"{name} {value.dtype} {value.shape}".encode() + bytes_of(value)
-        for name, value in inputs.items()
-        if isinstance(value, Tensor)
+        f"{tensor.dtype} {tensor.shape}".encode() + bytes_of(tensor) for tensor in tensors(inputs)
     )
     trainer.ranks.check(values, header.first_step)
     trainer.ranks.take_bytes()  # those of the start are of no step

@@ -68,7 +68,7 @@ class Batches(Dataset):
 
     def __getitems__(self, batch: NamedBatch) -> Any:
         with drawing_from(batch.seed):
-            if callable(vars(type(self.dataset)).get("__getitems__")):
+            if any("__getitems__" in vars(kind) for kind in type(self.dataset).__mro__):
                 return self.collate(self.dataset.__getitems__(list(batch)))
             return self.collate([self.dataset[index] for index in batch])
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from .trajectory import Trajectory
 
 
+PLOT_NAME = "loss.png"  # in the output directory of a run
 Curve = tuple[list[float], list[float]]  # forward passes, losses
 
 
@@ -42,7 +43,7 @@ class LossPlotCallback(TrainerCallback):
     ) -> None:
         curves = loss_curves(state.log_history)
         if curves and state.is_world_process_zero:
-            plot_losses(curves, kwargs["model"], Path(str(args.output_dir), "loss.png"))
+            plot_losses(curves, kwargs["model"], Path(str(args.output_dir), PLOT_NAME))
 
 
 def loss_curves(log_history: list[dict[str, Any]]) -> dict[str, Curve]:

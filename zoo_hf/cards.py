@@ -1,18 +1,18 @@
 """A finished run → its model card."""
 
 import math
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model  # peft itself takes a second to import
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+
+from .callbacks import PLOT_NAME
+from .procedure import training_procedure, unwrapped
+from .trajectory import FILE_NAME, Trajectory
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -27,11 +27,6 @@ TASKS = {
     "ForQuestionAnswering": ("question-answering", "ForQuestionAnswering", False),
 }
 OTHER_TASK = (None, "", False)
-
-ESTIMATES = {
-    "central": ("central differences (CD-RGE)", "ĝ = 1/n Σᵢ [L(θ + εzᵢ) − L(θ − εzᵢ)]/2ε · zᵢ"),
-    "forward": ("forward differences (RGE)", "ĝ = 1/n Σᵢ [L(θ + εzᵢ) − L(θ)]/ε · zᵢ"),
-}
 
 # what an evaluation logs beside its metrics
 BOOKKEEPING = ("_runtime", "_per_second", "_preparation_time")
@@ -51,11 +46,13 @@ def model_card(
     dataset_tags: Names = None,
     dataset: Names = None,
     dataset_args: Names = None,
+    trajectory_of: str | None = None,
 ) -> ModelCard:
     """The card of what `trainer` trained, from its arguments, its log and its model. Nothing is looked up online.
 
     Args:
         trainer: its arguments have the fields of `ZOOArguments`. A `loss.png` in its output directory is shown.
+        trajectory_of: the repository, where it has the run's trajectory and no weights.
         others: as in `Trainer.create_model_card`; no licence is claimed unless one is given.
     """
     network = bare_model(trainer)
@@ -64,15 +61,16 @@ def model_card(
     data = ModelCardData(
         language=_listed(language) or None,
         license=license,
-        library_name=_library(trainer),
+        library_name="zoo_hf" if trajectory_of else _library(trainer),
         pipeline_tag=next(iter(_listed(tasks)), pipeline),
-        tags=_tags(network, tags),
+        tags=_tags(network, [*_listed(tags), *(["trajectory"] if trajectory_of else [])]),
         base_model=finetuned_from or _base_model(trainer),
         datasets=_listed(dataset_tags) or None,
         model_name=model_name or Path(_repository(trainer)).name,
         eval_results=_eval_results(metrics, pipeline, dataset_tags, dataset, dataset_args) or None,
     )
-    return ModelCard.from_template(data, template_path=str(TEMPLATE), **content(trainer, data, metrics, dataset))
+    variables = content(trainer, data, metrics, dataset) | replaying(trainer, trajectory_of)
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **variables)
 
 
 def content(trainer: Trainer, data: ModelCardData, metrics: dict[str, float], dataset: Names) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def content(trainer: Trainer, data: ModelCardData, metrics: dict[str, float], da
     return {
         "name": data.model_name,
         "summary": _summary(network, data.base_model, dataset),
-        "plot": "loss.png" if Path(str(trainer.args.output_dir), "loss.png").exists() else None,
+        "plot": PLOT_NAME if Path(str(trainer.args.output_dir), PLOT_NAME).exists() else None,
         "dataset": ", ".join(_listed(dataset)) or "the evaluation set",
         "results": [(metric, f"{value:.4g}") for metric, value in metrics.items()],
         "loss_unit": ", in nats a token" if task_of(network)[2] else "",
@@ -114,41 +112,26 @@ def final_metrics(trainer: Trainer, *, with_perplexity: bool) -> dict[str, float
     return metrics
 
 
-def training_procedure(trainer: Trainer) -> dict[str, Any]:
-    """What the card says of how the model was trained, as variables of the template; `procedure` is its table."""
-    args: Any = trainer.args
-    model = _unwrapped(trainer)
-    n = args.num_directions
-    d = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    estimator, formula = ESTIMATES[args.estimator]
-    history, steps = trainer.state.log_history, f"{trainer.state.global_step:,}"
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
-    rows = [
-        ("weights", f"{sum(p.numel() for p in model.parameters()):,}, of which {d:,} trained"),
-        ("estimator", f"{estimator}, {n} directions, {_distribution(args)}"),
-        ("members", _members(trainer)),
-        ("smoothing radius ε", f"{args.smoothing_radius:g}"),
-        ("optimizer", _optimizer(trainer)),
-        ("schedule", _schedule(trainer)),
-        ("examples a step", f"{trainer.get_total_train_batch_size(args):,}"),
-        ("steps", steps),
-        ("forward passes", _last(history, "forward_passes", "{:,.0f}")),
-        ("forward passes a second", _median(history, "forward_passes_per_second")),
-        ("time", _last(history, "train_runtime", "{:,.0f} s, evaluation included")),
-        ("precision", "bfloat16 autocast" if args.bf16 else "float16 autocast" if args.fp16 else ", ".join(dtypes)),
-        ("processes", f"{args.world_size}"),
-        ("seed", f"{args.seed}"),
-        ("hardware", hardware()),
-        ("software", ", ".join(f"{name} {number}" for name, number in versions().items())),
-    ]
-    return {
-        "procedure": rows,
-        "formula": formula,
-        "steps": steps,
-        "directions": n,
-        "trained": f"{d:,}",
-        "cosine": f"{math.sqrt(n / (n + d - 1)):.2g}",
-    }
+def replaying(trainer: Trainer, trajectory_of: str | None) -> dict[str, Any]:
+    """What the card says of the trajectory: `replay` is where it is, None for none; `origin` whether it knows its own.
+
+    Where the repository has no weights, the code that loads the model replays it.
+    """
+    path = Path(str(trainer.args.output_dir), FILE_NAME)
+    found = Trajectory.find(path)
+    if found is None:
+        return {"replay": None}
+    place, weights = trajectory_of or _repository(trainer), sum(p.nbytes for p in unwrapped(trainer).parameters())
+    facts = {"replay": place, "origin": found.header.origin, "trajectory_size": size(found.end)}
+    if trajectory_of is None:
+        return facts
+    code = f'import zoo_hf\n\nmodel = zoo_hf.load_from_trajectory("{trajectory_of}")'
+    return facts | {"loading": code, "weights_size": size(weights), "only": True}
+
+
+def size(of: int) -> str:
+    """Bytes, in words."""
+    return f"{of / 1e6:,.1f} MB" if of >= 1e6 else f"{of / 1e3:,.0f} kB"
 
 
 def loading_code(trainer: Trainer) -> str:
@@ -179,37 +162,15 @@ def _loading_code_of_a_module(trainer: Trainer) -> str:
     return "\n".join([*imports, "", made, f"load_model(model, {weights})"])
 
 
-def hardware() -> str:
-    """The accelerators of this machine, or else its processor, with their number."""
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
-        return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    processor = models[0] if models else platform.processor() or platform.machine()
-    return f"{processor}, {len(models) or 1} cores, of which {torch.get_num_threads()} used"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("zoo_hf", "torch", "transformers", "accelerate", "datasets", "peft")
-    return {"Python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def _unwrapped(trainer: Trainer) -> nn.Module:
-    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-
-
 def bare_model(trainer: Trainer) -> nn.Module:
     """The model, without an adapter or a wrapper around it."""
-    model: Any = _unwrapped(trainer)
+    model: Any = unwrapped(trainer)
     return model.get_base_model() if is_peft_model(model) else model
 
 
 def _library(trainer: Trainer) -> str | None:
     """The library whose `from_pretrained` loads what was saved."""
-    if is_peft_model(_unwrapped(trainer)):
+    if is_peft_model(unwrapped(trainer)):
         return "peft"
     return "transformers" if isinstance(bare_model(trainer), PreTrainedModel) else None
 
@@ -228,7 +189,7 @@ def _is_ours(network: nn.Module) -> bool:
 
 def _base_model(trainer: Trainer) -> str | None:
     """Hub name of the model that was fine-tuned. A folder of this machine means nothing to the card's reader."""
-    model: Any = _unwrapped(trainer)
+    model: Any = unwrapped(trainer)
     network = bare_model(trainer)
     adapted = model.active_peft_config.base_model_name_or_path if is_peft_model(model) else None
     base = adapted or (network.config._name_or_path if isinstance(network, PreTrainedModel) else None)
@@ -252,38 +213,6 @@ def _tags(network: nn.Module, tags: Names) -> list[str]:
     return sorted({"zoo_hf", "zeroth-order", *family, *(own or []), *_listed(tags)})
 
 
-def _optimizer(trainer: Any) -> str:
-    """What the arguments say, unless an optimizer was given to the trainer."""
-    args, update = trainer.args, trainer.update
-    name, rate, decay = args.optim.value, args.learning_rate, args.weight_decay
-    if update and (trainer.given_optimizers[0] or trainer.optimizer_cls_and_kwargs):
-        name = type(update.optimizer).__name__
-        first = update.param_groups[0]
-        rate = first.get("initial_lr", first["lr"])  # most schedules keep where they started
-        decay = max(group.get("weight_decay", 0) for group in update.param_groups)
-    return f"{name}, learning rate {float(rate):g}, weight decay {float(decay):g}"
-
-
-def _distribution(args: Any) -> str:
-    rank = f" of rank {args.direction_rank}" if args.distribution.startswith("low_rank") else ""
-    return f"{args.distribution}{rank}"
-
-
-def _members(trainer: Any) -> str:
-    """How they were evaluated."""
-    sizes = sorted(set(trainer.update.population.values())) if trainer.update else []
-    if not sizes or sizes[-1] == 1:
-        return "one at a time"
-    return f"{'–'.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} in a forward pass"
-
-
-def _schedule(trainer: Any) -> str:
-    args, given = trainer.args, trainer.given_optimizers[1]
-    if given:
-        return type(given).__name__
-    return f"{args.lr_scheduler_type.value}, {args.get_warmup_steps(trainer.state.max_steps)} steps of warm-up"
-
-
 def _eval_results(
     metrics: dict[str, float], task: str | None, dataset_tags: Names, dataset: Names, dataset_args: Names
 ) -> list[EvalResult]:
@@ -302,13 +231,3 @@ def _eval_results(
 
 def _listed(names: Names) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
-
-
-def _last(history: list[dict[str, Any]], key: str, layout: str) -> str:
-    values = [entry[key] for entry in history if key in entry]
-    return layout.format(values[-1]) if values else "not logged"
-
-
-def _median(history: list[dict[str, Any]], key: str) -> str:
-    values = [entry[key] for entry in history if key in entry]
-    return f"{median(values):,.0f}" if values else "not logged"

@@ -6,18 +6,21 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM
 
 from .callbacks import plot_trajectory
-from .cards import hardware, versions
+from .hub import load_from_trajectory, trajectory_of
+from .procedure import hardware, versions
+from .pushing import UNREACHED
 from .record import TrajectoryError
-from .replay import replay
 from .trajectory import FILE_NAME, Trajectory
 
 
+MISTAKES: tuple[type[BaseException], ...] = (TrajectoryError, OSError, HFValidationError, *UNREACHED)
 SETTINGS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "HF_HUB_OFFLINE")
 
 
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (TrajectoryError, OSError, HFValidationError) as error:
+    except MISTAKES as error:
         print(f"zoo-hf: {error}", file=sys.stderr)
         return 2
     return 0
@@ -51,32 +54,28 @@ def add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="make the trained weights from the starting ones and a trajectory",
         description="Makes the updates of a run again, without data and without a forward pass, and saves the model.",
     )
-    parser.add_argument("model", help="folder or name on the Hub of the causal language model the run started from")
-    parser.add_argument("trajectory", help=f"the run's {FILE_NAME}")
+    parser.add_argument("trajectory", help=f"a run's {FILE_NAME}, the folder it is in, or a repository of the Hub")
     parser.add_argument("output", help="folder to save the model in")
     parser.add_argument(
-        "--from-config",
-        action="store_true",
-        help="the run began with new weights: take only the configuration, and initialise it with the run's seed",
+        "--model",
+        help="folder or name on the Hub of the causal language model the run started from; by default what the "
+        "trajectory says",
     )
+    parser.add_argument("--revision", help="branch, tag or commit of the repository with the trajectory")
     parser.add_argument("--upto", type=int, help="stop after this number of steps; all by default")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     parser.set_defaults(run=run_replay)
 
 
 def run_replay(options: argparse.Namespace) -> None:
     """Replay and save."""
-    found = Trajectory.open(options.trajectory)
-    model: PreTrainedModel
-    if options.from_config:
-        config = AutoConfig.from_pretrained(options.model)
-        set_seed(found.header.settings["seed"])
-        model = AutoModelForCausalLM.from_config(config)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-    replay(model, found, options.upto)
+    trust = options.trust_remote_code
+    given = options.model and AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=trust)
+    model: Any = load_from_trajectory(
+        options.trajectory, model=given, upto=options.upto, revision=options.revision, trust_remote_code=trust
+    )
     model.save_pretrained(options.output)
-    steps = len(found) if options.upto is None else options.upto - found.header.first_step
-    print(f"{steps:,} steps made again: {options.output}")
+    print(f"The run is made again: {options.output}")
 
 
 def add_trajectory(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,12 +85,12 @@ def add_trajectory(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     )
     actions = parser.add_subparsers(required=True, metavar="action")
     info = actions.add_parser("info", help="print what run it is, as a table")
-    info.set_defaults(run=lambda options: print(markdown_table(facts(Trajectory.open(options.trajectory)))))
+    info.set_defaults(run=lambda options: print(markdown_table(facts(trajectory_of(options.trajectory)))))
     plot = actions.add_parser("plot", help="draw loss, coefficients and learning rate against steps")
     plot.add_argument("--output", type=Path, default=Path("trajectory.png"), help="the picture (trajectory.png)")
-    plot.set_defaults(run=lambda options: plot_trajectory(Trajectory.open(options.trajectory), options.output))
+    plot.set_defaults(run=lambda options: plot_trajectory(trajectory_of(options.trajectory), options.output))
     for action in (info, plot):
-        action.add_argument("trajectory", help=f"a run's {FILE_NAME}")
+        action.add_argument("trajectory", help=f"a run's {FILE_NAME}, its folder, or a repository of the Hub")
 
 
 def facts(found: Trajectory) -> dict[str, str]:
@@ -103,7 +102,7 @@ def facts(found: Trajectory) -> dict[str, str]:
         "steps": f"{len(found):,}, from {header.first_step:,}",
         "trained": f"{sum(sizes):,} weights in {len(sizes):,} parameters",
         "optimizer": header.optimizer,
-        "starting weights": f"SHA-256 {header.start}",
+        "starting weights": f"{origin_in_words(header.origin)}; SHA-256 {header.start}",
         **{name: str(value) for name, value in header.settings.items()},
         "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
     }
@@ -114,6 +113,15 @@ def facts(found: Trajectory) -> dict[str, str]:
         rows["last learning rates"] = rates
         rows["pairs left out"] = f"{left_out:,} of {len(steps) * header.settings['num_directions']:,}"
     return rows
+
+
+def origin_in_words(origin: dict[str, Any]) -> str:
+    """From what a run started, as a table has room for."""
+    if not origin:
+        return "not said of what"
+    base = f"{origin['base']} at {origin['revision']}" if origin["base"] else f"new, of seed {origin['seed']}"
+    adapter = f" with an adapter, {len(origin['drawn']):,} tensors of noise" if origin["drawn"] else ""
+    return base + adapter
 
 
 def environment() -> dict[str, str]:

@@ -54,6 +54,7 @@ class Ranks:
     def __init__(self, accelerator: Accelerator, timeout: float):
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.timeout = timeout
+        self.sent = torch.empty(0)  # to the others, at last
         self.bytes = 0  # given to the others since `take_bytes`
         self.longest = 0.0  # step so far, in seconds
         self.last: float | None = None  # when ranks last met; None: there may be much to wait for
@@ -131,6 +132,7 @@ class Ranks:
         self.bytes += numbers.nbytes
         patience = self.timeout if self.last is None else self.longest + PATIENCE
         begun, roll_call = time.monotonic(), RollCall(self.name, self.rank, self.world_size)
+        self.sent = numbers  # kept: a thread of gloo's that drops it last needs the interpreter, which may be ending
         options = c10d.AllreduceOptions()
         options.timeout = timedelta(seconds=patience)
         try:

@@ -38,7 +38,7 @@ class Signals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._put_back()
-        if self.received is not None:
+        if self.received is not None and kind in (None, Interrupted):  # what has failed before it is said instead
             signal.raise_signal(self.received)  # so that the process ends as it would have without us
 
     def check(self) -> None:
@@ -50,8 +50,8 @@ class Signals:
         self.received = number
         self._put_back()
         logger.warning(
-            f"{signal.Signals(number).name}: the run stops after this forward pass and saves a checkpoint. "
-            "A second signal stops it at once."
+            f"{signal.Signals(number).name}: the run stops after this forward pass, and saves a checkpoint if all its "
+            "ranks are there. A second signal stops it at once."
         )
 
     def _put_back(self) -> None:

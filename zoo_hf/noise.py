@@ -25,7 +25,7 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
 
 # what a stream is for; no two purposes share a counter
-PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_DROPOUT, PURPOSE_BATCH = 0, 1, 2, 4, 6
+PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_DROPOUT, PURPOSE_INITIAL, PURPOSE_BATCH = 0, 1, 2, 4, 5, 6
 
 # what is made at once: much to save calls, little to stay in the cache and in the memory of inference
 BLOCK_BYTES = 16  # packed, of every distribution

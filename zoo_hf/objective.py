@@ -11,9 +11,10 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from .batches import split
+from .cards import bare_model
 from .distributed import STOP, alone, share
 from .estimators import ESTIMATORS, Estimator
 from .interrupt import Interrupted
@@ -29,6 +30,13 @@ def plan(trainer: Any) -> tuple[Estimator, list[Direction], list[Member]]:
     estimator = ESTIMATORS[args.estimator](args.smoothing_radius, kind_of_run(trainer))
     directions = [Direction(args.seed, trainer.state.global_step, i) for i in range(args.num_directions)]
     return estimator, directions, estimator.members(directions)
+
+
+def tokens_in(trainer: Any, inputs: dict[str, Any]) -> int:
+    """Entries of a batch's main input, padding included; 0 where a model of its own names none."""
+    model = bare_model(trainer)
+    main = inputs.get(model.main_input_name) if isinstance(model, PreTrainedModel) else None
+    return main.shape[:2].numel() if isinstance(main, Tensor) else 0
 
 
 def kind_of_run(trainer: Any) -> Kind:

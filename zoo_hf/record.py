@@ -6,7 +6,7 @@ Letters: n directions, g parameter groups of the optimizer.
 import json
 import math
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ MOST_BYTES = 1 << 26  # of a header, and of a step
 
 class TrajectoryError(ValueError):
     """A trajectory that cannot be read, continued or replayed; the message names file, record and reason."""
+
+
+# errors that are not of what a trajectory says, and stay what they are
+NOT_OF_CONTENT = (TrajectoryError, OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Step(NamedTuple):
@@ -61,6 +65,8 @@ class Header:
         first_step: number of the first step; later steps follow without a gap.
         continued: whether the optimizer had a state before the first step.
         versions: of the packages that the run used; not compared.
+        launch: by which launcher it was begun, see `recovery.launch_name`; not compared.
+        origin: from what the starting weights are made again, see `origin.Origin`; empty where nobody knows.
     """
 
     settings: dict[str, Any]
@@ -73,6 +79,8 @@ class Header:
     first_step: int
     continued: bool
     versions: dict[str, str]
+    launch: str = ""
+    origin: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def pack_header(self) -> bytes:
@@ -142,7 +150,7 @@ def parse_header(body: bytes, path: Path) -> Header:
         loaded = json.loads(body)
         if loaded["format"] != FORMAT:
             raise TrajectoryError(f"{path}: its format is {loaded['format']!r}; this zoo_hf reads format {FORMAT}.")
-        if set(loaded) != {field.name for field in fields(Header)}:
+        if set(loaded) != {each.name for each in fields(Header)}:
             raise ValueError("a field is missing, or one is unknown")
         header = Header(**loaded)
         check_header(header)
@@ -156,9 +164,9 @@ def parse_header(body: bytes, path: Path) -> Header:
 def check_header(header: Header) -> None:
     """Raises: ValueError, TypeError, KeyError or AttributeError when a field is not what it should be."""
     settings, names = header.settings, [name for group in header.groups for name in group["params"]]
-    for field in fields(Header):
-        if type(vars(header)[field.name]) is not KINDS[field.name]:
-            raise TypeError(f"`{field.name}` is {type(vars(header)[field.name]).__name__}")
+    for each in fields(Header):
+        if type(vars(header)[each.name]) is not KINDS[each.name]:
+            raise TypeError(f"`{each.name}` is {type(vars(header)[each.name]).__name__}")
     for name, least, most in (
         ("seed", 0, 2**32),
         ("num_directions", 1, MOST_BYTES // 8),
@@ -174,6 +182,11 @@ def check_header(header: Header) -> None:
         raise ValueError(f"`max_grad_norm` is {settings['max_grad_norm']!r}")
     if not all(type(text) is str for text in (*header.versions.values(), *header.matrices, *names)):
         raise ValueError("a name is none")
+    sides = [side for name in header.matrices for side in header.parameters[name]["shape"]]
+    if settings["direction_rank"] > max(sides, default=2**20):
+        raise ValueError(
+            f"`direction_rank` is {settings['direction_rank']}, and no matrix is larger than {max(sides)}"
+        )
     if sorted(names) != sorted(header.parameters) or not set(header.matrices) <= set(names):
         raise ValueError("the groups hold other parameters than are listed")
     for name, described in header.parameters.items():
@@ -194,18 +207,20 @@ KINDS = {
     "first_step": int,
     "continued": bool,
     "versions": dict,
+    "launch": str,
+    "origin": dict,
     "format": int,
 }
 
 
 def differences_of_optimizers(now: Header, then: Header) -> list[str]:
-    """In what one run's optimizer differs from another's; options of other optimizers than torch's may be counters."""
+    """In what one run's optimizer differs from another's, as both were before their first step."""
     if now.optimizer != then.optimizer:
         return [f"the optimizer is {now.optimizer} and was {then.optimizer}"]
     if [group["params"] for group in now.groups] != [group["params"] for group in then.groups]:
         return ["the parameters are grouped otherwise"]
-    if not now.optimizer.startswith("torch.optim."):
-        return []
+    if not now.optimizer.startswith("torch.optim.") and now.first_step != then.first_step:
+        return []  # they may have counters among them
     return [
         f"`{name}` of parameter group {place} is {mine.get(name)!r} and was {other.get(name)!r}"
         for place, (mine, other) in enumerate(zip(options(now), options(then), strict=True))

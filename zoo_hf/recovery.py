@@ -6,24 +6,27 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerState
 
-from .cards import versions
 from .config import settings
 from .distributed import broadcast_bytes
 from .estimators import Estimate
 from .objective import kind_of_run
-from .record import Header, Step, TrajectoryError, options
+from .origin import origin_of
+from .procedure import versions
+from .record import Header, Step, TrajectoryError, check_header, options
 from .replay import estimate_of, header_of, options_of, rates_of
 from .trajectory import FILE_NAME, Trajectory
 
 
 logger = logging.getLogger(__name__)
 
+CALLS = count(1)  # of `train` in this process
 RUN_NAME = "run.txt"  # in a checkpoint: the run that it is of
 
 
@@ -34,11 +37,13 @@ class Start(NamedTuple):
         checkpoint: its folder; None: the weights that the model has.
         goes_on: whether the recorded steps after it count.
         fresh: whether it is another run than the one that is recorded.
+        launch: see `launch_name`.
     """
 
     checkpoint: str | bool | None = None
     goes_on: bool = False
     fresh: bool = True
+    launch: str = ""
 
 
 def start_of(trainer: Any, resume: str | bool | None) -> Start:
@@ -50,47 +55,69 @@ def start_of(trainer: Any, resume: str | bool | None) -> Start:
     Raises:
         TrajectoryError: the trajectory is damaged.
     """
-    found = find_start(str(trainer.args.output_dir), resume) if trainer.is_world_process_zero() else Start()
+    launch = launch_name()
+    found = find_start(str(trainer.args.output_dir), resume, launch) if trainer.is_world_process_zero() else Start()
+    found = found._replace(launch=launch)
     if not trainer.ranks.several:
         return found
     return Start(*json.loads(broadcast_bytes(json.dumps(found).encode(), trainer.args.device)))
 
 
-def find_start(output_dir: str, resume: str | bool | None) -> Start:
+def find_start(output_dir: str, resume: str | bool | None, launch: str) -> Start:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not resume and not restarted:
         return Start()
-    recorded = Trajectory.find(Path(output_dir, FILE_NAME))
+    path = Path(output_dir, FILE_NAME)
+    try:
+        recorded = Trajectory.find(path)
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{error} Move it away to go on from the newest checkpoint instead.") from error
+    if not resume and (recorded is None or recorded.header.launch != launch):
+        return Start()  # what is there was begun by another launch, and not by the one that restarts
     newest = newest_checkpoint(output_dir, recorded)
-    something = newest is not None or recorded is not None  # also a record without any step
-    if resume is True or (not resume and something):
-        return Start(newest if something else True, goes_on=True, fresh=False)
-    if not resume:
-        return Start()
+    if not resume or resume is True:
+        return Start(True if newest is None and recorded is None else newest, goes_on=True, fresh=False)
     same = newest is not None and os.path.realpath(resume) == os.path.realpath(newest)
     return Start(resume, goes_on=same, fresh=False)
 
 
-def newest_checkpoint(output_dir: str, recorded: Trajectory | None = None, upto: int | None = None) -> str | None:
-    """The newest folder `checkpoint-<step>` that was written to its end, of the recorded run if there is one.
+def launch_name() -> str:
+    """The present call of `train`, named as before when torchrun has restarted the process; empty without torchrun."""
+    call = next(CALLS)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}, launcher {os.getppid()}, run {call}"
 
-    `trainer_state.json` is written last, and after it the run's name. A checkpoint without the optimizer's state is
-    none that a recorded run can go on from.
+
+def newest_checkpoint(output_dir: str, recorded: Trajectory | None = None, upto: int | None = None) -> str | None:
+    """The newest folder with a checkpoint that was written to its end, of the recorded run if there is one.
+
+    They are named `checkpoint-<step>`, or `last-checkpoint` where they come from the Hub. A checkpoint without the
+    optimizer's state is none that a recorded run can go on from.
 
     Args:
         upto: a later one is not asked for.
     """
-    folders = {int(m[1]): p for p in Path(output_dir).glob("*/") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
-    for step in sorted(folders, reverse=True):
-        folder = folders[step]
-        if (upto is not None and step > upto) or not (recorded is None or belongs(folder, recorded)):
-            continue
-        try:
-            if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step == step:
-                return str(folder)
-        except (OSError, ValueError, TypeError):
-            logger.warning(f"{folder} was not written to its end, and is left aside.")
-    return None
+    found = {}
+    for folder in sorted(Path(output_dir).glob("*checkpoint*/")):
+        named = re.fullmatch(r"checkpoint-(\d+)|last-checkpoint", folder.name)
+        if named and (recorded is None or belongs(folder, recorded)):
+            try:  # it is written last
+                step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+            except (OSError, ValueError, TypeError):
+                logger.warning(f"{folder} was not written to its end, and is left aside.")
+                continue
+            if named[1] in (None, str(step)) and (upto is None or step <= upto):
+                found[step] = str(folder)
+    return found[max(found)] if found else None
+
+
+def disown(output_dir: str, after: int) -> None:
+    """Checkpoints after a step, whose steps are dropped, are no longer of the recorded run."""
+    for folder in Path(output_dir).glob("checkpoint-*/"):
+        step = folder.name.removeprefix("checkpoint-")
+        if step.isdecimal() and int(step) > after:
+            (folder / RUN_NAME).unlink(missing_ok=True)
 
 
 def belongs(folder: Path, recorded: Trajectory) -> bool:
@@ -98,20 +125,6 @@ def belongs(folder: Path, recorded: Trajectory) -> bool:
     name = folder / RUN_NAME
     same = name.exists() and name.read_text(encoding="utf-8") == recorded.header.run
     return same and (folder / "optimizer.pt").exists()
-
-
-class RunCallback(TrainerCallback):
-    """Writes the run's name into its checkpoints."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        header = self.trainer.recorder.header
-        if state.is_world_process_zero and header is not None:
-            folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
-            if folder.exists():  # those of a search are elsewhere
-                (folder / RUN_NAME).write_text(header.run, encoding="utf-8")
 
 
 class Recorder:
@@ -137,6 +150,11 @@ class Recorder:
         if step.members:
             trainer.probes.chosen[step.key] = step.members
         return estimate_of(trainer.update, self.header, step)
+
+    def sign(self, checkpoint: str) -> None:
+        """Write the run's name into a checkpoint that the first process saves."""
+        if self.trajectory is not None:
+            Path(checkpoint, RUN_NAME).write_text(self.trajectory.header.run, encoding="utf-8")
 
     def append(self, trainer: Any, estimate: Estimate, key: int) -> None:
         """Record a step that is about to be made.
@@ -179,7 +197,10 @@ def recorder_of(trainer: Any, start: Start) -> Recorder:
         kind_of_run(trainer),
         first_step=trainer.state.global_step,
         versions=versions(),
+        launch=start.launch,
+        origin={} if trainer.state.global_step else origin_of(model, trainer.args.seed),
     )
+    check_header(header)  # what could not be read again is not begun
     trajectory = open_trajectory(trainer, header, start) if trainer.is_world_process_zero() else None
     steps = [step for step in ([] if trajectory is None else trajectory) if step.step >= header.first_step]
     if trainer.ranks.several:
@@ -207,9 +228,10 @@ def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
         if wrong and start.checkpoint is None:
             raise TrajectoryError(f"{path}: the run cannot go on, as it has no checkpoint and {wrong}.")
         if not wrong:
-            if not start.goes_on:
-                found.cut(now)
-            found.cut(trainer.state.max_steps)  # a run that is made shorter ends there
+            # a run that is made shorter ends there
+            stop = min(trainer.state.max_steps, found.stop if start.goes_on else now)
+            found.cut(stop)
+            disown(str(path.parent), after=stop)
             trainer.update.trajectory = found.header.run
             return found
         logger.warning(f"{path} cannot be gone on with, as {wrong}: a new one begins at step {now}.")

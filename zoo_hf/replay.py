@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .estimators import Estimate
 from .low_rank import Kind, LowRank
 from .noise import CHUNK, parameter_id, spans
-from .record import Header, Step, TrajectoryError, differences_of_optimizers
+from .record import NOT_OF_CONTENT, Header, Step, TrajectoryError, differences_of_optimizers
 from .trajectory import Trajectory
 from .update import Update
 
@@ -62,10 +62,10 @@ def replay(
                 if step.step == stop:
                     break
                 repeat_(update, header, step)
-        except TrajectoryError:
+        except NOT_OF_CONTENT:
             raise
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:  # of a header that was forged
-            raise TrajectoryError(f"{found.path}: the optimizer's options make no sense: {error}.") from error
+        except Exception as error:  # what an optimizer does with the options of a header that was forged
+            raise TrajectoryError(f"{found.path}: the optimizer cannot make these steps: {error}.") from error
     return model
 
 
@@ -88,6 +88,8 @@ def check_optimizer_of(update: Update, header: Header, path: str) -> None:
     groups, kept = groups_of(update), type(update.optimizer)
     now = replace(header, optimizer=f"{kept.__module__}.{kept.__qualname__}", groups=groups)
     differences = differences_of_optimizers(now, header)
+    if has_state(update.optimizer) and not header.continued:
+        differences.append(f"{kept.__name__} has a state, and had none when the run began")
     if differences:
         raise TrajectoryError(f"{path}: {'; '.join(differences)}: pass an `optimizer` like that of the run.")
 
@@ -118,6 +120,8 @@ def header_of(
     *,
     first_step: int,
     versions: dict[str, str],
+    launch: str,
+    origin: dict[str, Any],
 ) -> Header:
     """The header of a run that begins with the model's present weights."""
     kept = type(update.optimizer)
@@ -132,6 +136,8 @@ def header_of(
         first_step,
         has_state(update.optimizer),
         versions,
+        launch,
+        origin,
     )
 
 
@@ -229,7 +235,7 @@ def optimizer_of(header: Header, parameters: Mapping[str, Tensor], path: str) ->
     groups = [group | {"params": [parameters[name] for name in group["params"]]} for group in header.groups]
     try:
         made = kind(groups)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # anything, of options that were forged
         raise TrajectoryError(f"{path}: {name} cannot be made from the header ({error}): pass `optimizer`.") from error
     if header.continued:
         raise TrajectoryError(

@@ -8,10 +8,11 @@ import functools
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -24,23 +25,20 @@ from .carry import state_after, with_state
 from .config import SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import Ranks, alone, broadcast_
 from .estimators import Estimate
+from .hub import push_trajectory
 from .interrupt import Interrupted, Signals
-from .objective import member_losses, plan, probes_of
+from .objective import member_losses, plan, probes_of, tokens_in
 from .preparation import check_weights, prepare_
-from .recovery import Recorder, RunCallback, Start, recorder_of, start_of
+from .procedure import peak_memory
+from .pushing import PushMixin
+from .recovery import Recorder, Start, disown, recorder_of, start_of
 from .update import Update, check_optimizer
 
 
 logger = logging.getLogger(__name__)
 
 
-if TYPE_CHECKING:
-    Base = Trainer  # what the mixin is mixed into
-else:
-    Base = object
-
-
-class ZOOTrainerMixin(Base):
+class ZOOTrainerMixin(PushMixin):
     """Makes a subclass of `transformers.Trainer` zero-order: `class ZOOSFTTrainer(ZOOTrainerMixin, SFTTrainer)`.
 
     Its arguments are a `ZOOConfig`, another class with `ZOOArguments` mixed in, or plain training arguments, which
@@ -66,7 +64,6 @@ class ZOOTrainerMixin(Base):
         self._figures, self._start = Figures(), Start()
         self.recorder = Recorder()  # of a run, from the first step of `train` on
         super().__init__(*args, **kwargs)
-        self.add_callback(RunCallback(self))
         self.add_callback(RanksCallback(self))
         self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
         if self.optimizer is not None:
@@ -83,6 +80,7 @@ class ZOOTrainerMixin(Base):
     def create_accelerator_and_postprocess(self) -> None:
         """No DDP, whose buffers are as large as the weights, and no loss scaling: there is no backward pass."""
         settle_(self.args)
+        self.hide_token()
         super().create_accelerator_and_postprocess()
         accelerator = self.accelerator
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or accelerator.parallelism_config is not None:
@@ -128,8 +126,7 @@ class ZOOTrainerMixin(Base):
             try:
                 return super().train(self._start.checkpoint, *args, **kwargs)
             except Finished:
-                logger.warning(f"The run has made its {self.state.max_steps} steps, and nothing was left to do.")
-                return TrainOutput(self.state.global_step, 0.0, {})
+                return self._finish()
             except Interrupted:
                 if self.state.global_step > 0:
                     self._save_checkpoint(self.model_wrapped, trial=None)
@@ -137,6 +134,15 @@ class ZOOTrainerMixin(Base):
                 raise
             finally:
                 self.recorder = Recorder()
+
+    def _finish(self) -> TrainOutput:
+        """What is left of a run that has made all its steps: its best model, and the end that callbacks wait for."""
+        logger.warning(f"The run has made its {self.state.max_steps} steps, and none was left to do.")
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Losses of this rank's members; after the last micro-batch, the estimate from the losses of all ranks.
@@ -160,6 +166,7 @@ class ZOOTrainerMixin(Base):
             self.update.carried_state = state_after(self, model, inputs)
         passes = len(members) + self.args.carry_state
         self.update.forward_passes += passes
+        self.update.tokens += tokens_in(self, inputs)
         self._figures.add(0 if known else passes, time.perf_counter() - start)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -187,18 +194,28 @@ class ZOOTrainerMixin(Base):
         if isinstance(self.optimizer, AcceleratedOptimizer):
             self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self.recorder.sign(output_dir)
+
     def forget_after(self, step: int) -> None:
         """Drop what is recorded after a number of steps."""
         if self.recorder.trajectory is not None:
             self.recorder.trajectory.cut(step)
+            disown(str(self.args.output_dir), after=step)
 
     def _clip_(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor | None:
         """Norm of the estimate before clipping; none is computed, or logged, when nothing is clipped."""
         return None if max_norm == float("inf") else self.update.clip_(max_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds forward passes to every entry, and to training losses their speed and what the estimates were like."""
+        """Adds forward passes and tokens to every entry, to training losses their speed and what the estimates were
+        like, and to the last one the memory that this process has held at most."""
         extra: dict[str, float] = {"forward_passes": self.update.forward_passes if self.update else 0}
+        if self.update and self.update.tokens:
+            extra["tokens"] = self.update.tokens
+        if "train_runtime" in logs:
+            extra["peak_memory_bytes"] = peak_memory()
         if "loss" in logs and self._figures.estimates:
             extra |= self._figures.entry(self.ranks)
             self._figures = Figures()
@@ -226,6 +243,21 @@ class ZOOTrainerMixin(Base):
             kwargs["dataset"] = kwargs.pop("dataset_name")
         if self.is_world_process_zero():
             model_card(self, **kwargs).save(f"{self.args.output_dir}/README.md")
+
+    def push_trajectory_to_hub(self, repository: str, **kwargs: Any) -> CommitInfo | None:
+        """Publish the run as its trajectory alone: kilobytes, from which `load_from_trajectory` makes the weights.
+
+        The run is replayed first, and only what gives the present weights bit for bit is pushed.
+
+        Args:
+            repository: on the Hub; made if there is none.
+            kwargs: `private`, `token`, `revision`, `commit_message`, and what `create_model_card` takes.
+
+        Raises:
+            TrajectoryError: the trajectory does not say from what it started, or does not give these weights.
+            PushError: something did not arrive.
+        """
+        return push_trajectory(self, repository, **kwargs) if self.is_world_process_zero() else None
 
 
 class ZOOTrainer(ZOOTrainerMixin, Trainer):

@@ -14,7 +14,8 @@ from .noise import CHUNK, check_names
 
 logger = logging.getLogger(__name__)
 
-OWN = ("forward_passes", "carried_state", "population", "trajectory")  # of an Update, saved with the optimizer's
+# of an Update, saved with what is the optimizer's
+OWN = ("forward_passes", "tokens", "carried_state", "population", "trajectory")
 
 # These treat every parameter by itself; all others, schedule-free ones for instance, are given all of ĝ in one step.
 SEPARATE = ("torch.optim.", "transformers.", "bitsandbytes.")
@@ -58,6 +59,7 @@ class Update(torch.optim.Optimizer):
         self.parameters = {names[p]: p for p in trained}
         check_names(list(self.parameters))
         self.forward_passes = 0  # of the whole run, saved with the optimizer as are the settings it was made with
+        self.tokens = 0  # of the batches, each counted once; saved as well
         self.settings: dict[str, Any] = {}
         self.carried_state: Tensor | None = None  # of a recurrent model, from batch to batch, and saved as well
         self.population: dict[int, int] = {}  # a batch's key → members a forward pass, as chosen; saved as well
