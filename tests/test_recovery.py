@@ -1,5 +1,6 @@
 """From where a run goes on: the newest of checkpoint and record, and nothing that does not belong to it."""
 
+import itertools
 import logging
 import shutil
 
@@ -43,7 +44,7 @@ class Passes(TrainerCallback):
 def run(config, tmp_path):
     """`run(folder, crash=step, resume=…, **arguments)`: a trained trainer; None where it crashed."""
 
-    def train(folder, *, crash=None, resume=None, callbacks=(), model=None, data=None, **arguments):
+    def train(folder, *, crash=None, resume=None, callbacks=(), model=None, data=None, evaluation=None, **arguments):
         defaults = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
         args = config(output_dir=str(tmp_path / folder), **defaults | arguments)
         own = [Crash(crash)] if crash else []
@@ -51,6 +52,7 @@ def run(config, tmp_path):
             tiny_lstm() if model is None else model,
             args,
             train_dataset=data or texts(10),
+            eval_dataset=evaluation,
             callbacks=[*callbacks, *own],
         )
         if crash:
@@ -232,7 +234,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, caplog):
         resumed = run("parts", resume=True)
     assert resumed.state.global_step == 8
     assert equal(whole, resumed)
-    assert "The run has made its 8 steps, and nothing was left to do" in caplog.text
+    assert "The run has made its 8 steps, and none was left to do" in caplog.text
 
 
 def test_a_run_that_is_made_shorter_ends_its_record_there(run, tmp_path):
@@ -259,7 +261,10 @@ def test_a_damaged_record_stops_a_resumed_run_and_names_the_place(run, tmp_path)
     content = bytearray(path.read_bytes())
     content[-30] ^= 1
     path.write_bytes(content)
-    with pytest.raises(TrajectoryError, match=r"trajectory\.zoo: the checksum of record 4 is wrong"):
+    with pytest.raises(
+        TrajectoryError,
+        match=r"trajectory\.zoo: the checksum of record 4 is wrong: .* Move it away to go on from the newest",
+    ):
         run("parts", resume=True)
 
 
@@ -270,12 +275,66 @@ def test_nothing_to_go_on_from_is_said_as_the_trainer_says_it(run):
 
 def test_a_restart_by_torchrun_goes_on_by_itself(run, monkeypatch):
     whole = run("whole")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of this launch")
+    monkeypatch.setattr("zoo_hf.recovery.CALLS", itertools.count(1))
     run("parts", crash=5)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    restarted(monkeypatch)
     model = tiny_lstm()
     passes = Passes(model)
     assert equal(whole, run("parts", model=model, callbacks=[passes]))
     assert passes.seen == [0, 0, 8, 8, 8]
+
+
+def restarted(monkeypatch):
+    """What a process finds that torchrun has started again."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr("zoo_hf.recovery.CALLS", itertools.count(1))
+
+
+@pytest.mark.parametrize("other", ["launch", "call of `train`"])
+def test_a_restart_by_torchrun_leaves_the_run_of_another_launch_alone(run, tmp_path, monkeypatch, other):
+    monkeypatch.setattr("zoo_hf.recovery.CALLS", itertools.count(1 if other == "launch" else 2))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "before" if other == "launch" else "now")
+    run("parts")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "now")
+    restarted(monkeypatch)
+    anew = texts(12, length=6)
+    assert equal(run("parts", data=anew), run("fresh", data=anew))
+    assert (tmp_path / "parts/trajectory-1.zoo").exists()
+
+
+def test_what_was_dropped_for_an_earlier_checkpoint_is_not_gone_on_with(run, tmp_path):
+    run("parts")
+    shutil.copytree(tmp_path / "parts", tmp_path / "undisturbed")
+    anew = texts(12, length=6)
+    whole = run("undisturbed", resume=str(tmp_path / "undisturbed/checkpoint-3"), data=anew)
+    run("parts", resume=str(tmp_path / "parts/checkpoint-3"), data=anew, crash=5)
+    assert newest_checkpoint(str(tmp_path / "parts"), Trajectory.open(tmp_path / "parts/trajectory.zoo")).endswith(
+        "-3"
+    )
+    assert equal(whole, run("parts", resume=True, data=anew))
+
+
+def test_a_finished_run_ends_with_its_best_model_also_when_it_is_resumed(run, tmp_path):
+    ends = Ends()
+    arguments = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "learning_rate": 0.5}
+    arguments |= {"metric_for_best_model": "eval_loss", "evaluation": texts(10)}
+    whole = run("parts", **arguments)
+    assert not equal(whole, run("last", **arguments | {"load_best_model_at_end": False})), "the best is not the last"
+    resumed = run("parts", resume=True, callbacks=[ends], **arguments)
+    assert equal(whole, resumed)
+    assert ends.seen == [8]
+    assert resumed.is_in_train is False
+
+
+class Ends(TrainerCallback):
+    """The steps after which a training has ended, in `seen`."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
 
 
 def test_a_run_that_crashes_twice_goes_on_from_its_newest_checkpoint(run, tmp_path):

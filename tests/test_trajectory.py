@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import texts, tiny_lstm, weights
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
 
 from zoo_hf import Trajectory, TrajectoryError, ZOOTrainer, replay
 from zoo_hf.record import Header, Step
@@ -241,6 +241,9 @@ HOSTILE = {
     "groups of numbers": changed(groups=[1, 2]),
     "names that are none": changed(groups=[{"params": [["w"]]}]),
     "other matrices": changed(matrices=["v"]),
+    "an endless rank": changed(matrices=["w"], settings=HEADER["settings"] | {"direction_rank": 2**20 - 1}),
+    "an origin that is none": changed(origin=[]),
+    "a launch that is none": changed(launch=1),
 }
 
 
@@ -523,6 +526,21 @@ def test_an_optimizer_that_is_none_of_torchs_is_asked_for_and_used(trainer, tmp_
         assert torch.equal(weight, weights(again.model)[key]), key
 
 
+def test_an_optimizer_with_a_state_is_refused_and_so_are_other_options(trainer, tmp_path):
+    made = trainer(tiny_lstm(), texts(10), max_steps=4, optim="adamw_torch")
+    made.train()
+    again = trainer(tiny_lstm(), texts(10), max_steps=4, optim="adamw_torch", output_dir=str(tmp_path / "other"))
+    used = again.create_optimizer().optimizer
+    used.load_state_dict(made.update.optimizer.state_dict())
+    with pytest.raises(TrajectoryError, match="AdamW has a state, and had none when the run began"):
+        replay(again.model, tmp_path / "trajectory.zoo", optimizer=used)
+    trainer(tiny_lstm(), texts(10), max_steps=4, optim="adafactor").train()
+    model = tiny_lstm()
+    other = Adafactor(model.parameters(), lr=1e-2, scale_parameter=True, relative_step=False)
+    with pytest.raises(TrajectoryError, match="`scale_parameter` of parameter group 0 is True and was False"):
+        replay(model, tmp_path / "trajectory.zoo", optimizer=other)
+
+
 def test_the_wrong_model_is_refused_and_the_reason_named(trainer, tmp_path):
     trainer(tiny_lstm(), texts(10)).train()
     torch.manual_seed(1)
@@ -597,7 +615,20 @@ def test_a_scheduler_that_changes_more_than_the_rate_is_refused_before_anything_
     assert len(Trajectory.open(tmp_path / "trajectory.zoo")) == 1
 
 
-@pytest.mark.parametrize("options", [{"weight_decay": "x"}, {"betas": [0.9]}, {"eps": None}, {"amsgrad": []}])
+SENSELESS = [
+    {"weight_decay": "x"},
+    {"betas": [0.9]},
+    {"betas": [1.0, 0.9]},
+    {"betas": [0.9, 2.0]},
+    {"eps": None},
+    {"eps": 10**400},
+    {"amsgrad": []},
+    {"fused": True, "differentiable": True},
+    {"capturable": True, "foreach": True},
+]
+
+
+@pytest.mark.parametrize("options", SENSELESS, ids=str)
 def test_options_that_make_no_sense_are_named_as_the_files_fault(trainer, tmp_path, options):
     trainer(tiny_lstm(), texts(10), optim="adamw_torch").train()
     found = Trajectory.open(tmp_path / "trajectory.zoo")

@@ -18,6 +18,9 @@ from .replay import replay, weights_hash
 from .trajectory import FILE_NAME, Trajectory
 
 
+AS_THEY_ARE: tuple[type[BaseException], ...] = (*NOT_OF_CONTENT, *UNREACHED)
+
+
 def trajectory_of(place: str | Path, *, revision: str | None = None, token: str | None = None) -> Trajectory:
     """The trajectory in a file, a folder or a repository of the Hub.
 
@@ -80,7 +83,7 @@ def starting_model(found: Trajectory, *, token: str | None = None, trust_remote_
         )
     try:
         return made_again(found.header.origin, token=token, trust_remote_code=trust_remote_code)
-    except (*NOT_OF_CONTENT, *UNREACHED):
+    except AS_THEY_ARE:
         raise
     except Exception as error:  # anything, of an origin that was forged
         raise TrajectoryError(f"{found.path}: what it started from cannot be made: {error}") from error

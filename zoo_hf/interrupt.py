@@ -50,8 +50,8 @@ class Signals:
         self.received = number
         self._put_back()
         logger.warning(
-            f"{signal.Signals(number).name}: the run stops after this forward pass, and saves a checkpoint if all its "
-            "ranks are there. A second signal stops it at once."
+            f"{signal.Signals(number).name}: the run stops after this forward pass, and saves a checkpoint if no "
+            "other rank has failed. A second signal stops it at once."
         )
 
     def _put_back(self) -> None:

@@ -230,8 +230,9 @@ def open_trajectory(trainer: Any, header: Header, start: Start) -> Trajectory:
         if not wrong:
             # a run that is made shorter ends there
             stop = min(trainer.state.max_steps, found.stop if start.goes_on else now)
-            found.cut(stop)
             disown(str(path.parent), after=stop)
+            if stop < found.stop:
+                found.cut(stop)
             trainer.update.trajectory = found.header.run
             return found
         logger.warning(f"{path} cannot be gone on with, as {wrong}: a new one begins at step {now}.")

@@ -185,14 +185,14 @@ class ZOOTrainerMixin(PushMixin):
         """As a step of the stock Trainer begins: after an evaluation, model and optimizer are in another mode."""
         if self.update is None:  # outside of `train`
             self.create_optimizer()
+        model.train()
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
         if self.probes is None:  # after a checkpoint was loaded, if there is one
             self.probes = probes_of(self)
             if self.is_in_train:
                 self.recorder = recorder_of(self, self._start)
                 check_start(self, self.recorder, inputs)
-        model.train()
-        if isinstance(self.optimizer, AcceleratedOptimizer):
-            self.optimizer.train()  # schedule-free optimizers keep two points; the estimate belongs to this one
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

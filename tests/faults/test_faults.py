@@ -150,7 +150,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_usual_exit_code(t
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == code
-    assert f"{number.name}: the run stops after this forward pass and saves a checkpoint" in said
+    assert f"{number.name}: the run stops after this forward pass, and saves a checkpoint" in said
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     found = Trajectory.open(tmp_path / "trajectory.zoo")
     assert checkpoint.name == f"checkpoint-{len(found)}"

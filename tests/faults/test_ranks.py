@@ -182,7 +182,7 @@ def test_a_rank_of_another_launcher_that_fails_is_named(tmp_path, free_port, how
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_the_last_step(undisturbed, tmp_path):
     (code,), (output,) = ended(launched("terminated", tmp_path))
     assert code != 0
-    assert "SIGTERM: the run stops after this forward pass and saves a checkpoint" in output
+    assert "SIGTERM: the run stops after this forward pass, and saves a checkpoint" in output
     assert (tmp_path / f"checkpoint-{failing.FAILS}" / "trainer_state.json").exists()
     (code,), (output,) = ended(launched("resumed", tmp_path))
     assert code == 0, output
