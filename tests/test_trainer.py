@@ -7,8 +7,6 @@ import math
 import random
 import re
 import threading
-from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -911,62 +909,6 @@ def test_several_evaluation_sets_are_each_evaluated_and_logged(trainer):
     ]
     assert [entry["forward_passes"] for entry in evaluations] == [16] * 4
     assert "forward_passes" not in metrics
-
-
-class Hub:
-    """Takes what is sent to the Hub, and sends nothing."""
-
-    def __init__(self):
-        self.created, self.uploads = [], []
-
-    def create_repo(self, name, **arguments):
-        self.created.append((name, arguments))
-        return SimpleNamespace(repo_id=f"someone/{name}")
-
-    def upload_folder(self, *, folder_path, **arguments):
-        self.uploads.append((sorted(path.name for path in Path(folder_path).iterdir()), arguments))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    made = Hub()
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: made, raising=False)
-    for name in ("create_repo", "upload_folder"):  # where older versions look for them
-        monkeypatch.setattr(f"transformers.trainer.{name}", getattr(made, name), raising=False)
-    return made
-
-
-def test_what_is_pushed_is_the_model_its_code_and_its_card(trainer, hub, tmp_path):
-    made = trainer(tiny_lstm(), texts(4), save_strategy="steps", save_steps=1)
-    made.train()
-    made.push_to_hub(dataset="random tokens", license="mit", token="secret")
-    ((name, created),) = hub.created
-    assert (name, created["exist_ok"], created["token"]) == (tmp_path.name, True, "secret")
-    ((files, arguments),) = hub.uploads
-    expected = {"README.md", "config.json", "generation_config.json", "model.safetensors", "training_args.bin"}
-    assert expected | {"modeling_rnn.py", "configuration_rnn.py"} <= set(files)
-    assert arguments["repo_id"] == f"someone/{tmp_path.name}"
-    assert set(files) - expected == {
-        "checkpoint-1",
-        "checkpoint-2",
-        "trajectory.zoo",
-        *(f for f in files if f.endswith(".py")),
-    }
-    assert "checkpoint-*" in arguments["ignore_patterns"]
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert f'from_pretrained("someone/{tmp_path.name}")' in card
-    assert "license: mit" in card
-    assert "on random tokens without backpropagation" in card
-
-
-def test_a_model_that_is_not_of_transformers_is_pushed_with_a_card(trainer, hub, tmp_path):
-    made = trainer(Quadratic(), points(4))
-    made.train()
-    made.push_to_hub()
-    ((files, _),) = hub.uploads
-    assert files == ["README.md", "model.safetensors", "training_args.bin", "trajectory.zoo"]
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert f'load_model(model, hf_hub_download("someone/{tmp_path.name}", "model.safetensors"))' in card
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import texts, tiny_lstm, weights
 from peft import LoraConfig, get_peft_model
-from transformers import Adafactor, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from zoo_hf import Trajectory, TrajectoryError, ZOOTrainer, replay
 from zoo_hf.record import Header, Step
@@ -535,10 +535,11 @@ def test_an_optimizer_with_a_state_is_refused_and_so_are_other_options(trainer, 
     with pytest.raises(TrajectoryError, match="AdamW has a state, and had none when the run began"):
         replay(again.model, tmp_path / "trajectory.zoo", optimizer=used)
     trainer(tiny_lstm(), texts(10), max_steps=4, optim="adafactor").train()
-    model = tiny_lstm()
-    other = Adafactor(model.parameters(), lr=1e-2, scale_parameter=True, relative_step=False)
+    again = trainer(tiny_lstm(), texts(10), max_steps=4, optim="adafactor", output_dir=str(tmp_path / "other"))
+    other = again.create_optimizer().optimizer
+    other.param_groups[0]["scale_parameter"] = True
     with pytest.raises(TrajectoryError, match="`scale_parameter` of parameter group 0 is True and was False"):
-        replay(model, tmp_path / "trajectory.zoo", optimizer=other)
+        replay(again.model, tmp_path / "trajectory.zoo", optimizer=other)
 
 
 def test_the_wrong_model_is_refused_and_the_reason_named(trainer, tmp_path):

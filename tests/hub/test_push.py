@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import texts, tiny_lstm, weights
 from huggingface_hub import HfApi, snapshot_download
+from test_trainer import Quadratic, points
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
 
 from zoo_hf import PushError
@@ -54,6 +55,15 @@ def test_the_model_its_code_its_card_and_its_run_arrive(hub, pushing, tmp_path):
     info = HfApi().model_info(REPOSITORY)
     assert (info.pipeline_tag, info.library_name) == ("text-generation", "transformers")
     assert {"zoo_hf", "zeroth-order", "rnn"} <= set(info.tags)
+
+
+def test_a_model_that_is_not_of_transformers_is_pushed_with_a_card(hub, trainer, tmp_path):
+    made = trainer(Quadratic(), points(4), output_dir=str(tmp_path / "run"), hub_model_id=REPOSITORY)
+    made.train()
+    made.push_to_hub()
+    files = hub.files(REPOSITORY)
+    assert files.keys() == {".gitattributes", "model.safetensors"} | RUN
+    assert f'load_model(model, hf_hub_download("{REPOSITORY}", "model.safetensors"))' in files["README.md"].decode()
 
 
 @pytest.mark.parametrize(
