@@ -20,8 +20,8 @@ from pathlib import Path
 
 BASE = "tester/SmolLM2-135M-Instruct"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DIRECTIONS, BATCH, LENGTH = 8, 4, 64
-STEPS = {"LoRA, r = 8": 40, "all weights": 10}
+DIRECTIONS, BATCH, LENGTH = 4, 2, 64
+STEPS = {"LoRA, r = 8": 20, "all weights": 10}
 
 
 def main() -> None:

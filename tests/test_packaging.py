@@ -41,6 +41,7 @@ ORDER = (
     "replay",
     "interrupt",
     "distributed",
+    "figures",
     "batches",
     "config",
     "callbacks",

@@ -12,6 +12,7 @@ from torch import nn
 from .callbacks import PLOT_NAME
 from .cards import model_card
 from .origin import made_again
+from .procedure import unwrapped
 from .pushing import UNREACHED, pushing
 from .record import NOT_OF_CONTENT, TrajectoryError
 from .replay import replay, weights_hash
@@ -97,12 +98,14 @@ def push_trajectory(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Trajectory",
+    trust_remote_code: bool = False,
     **card: Any,
 ) -> CommitInfo:
     """Publish a run as its trajectory, card and plot, without weights; see `ZOOTrainer.push_trajectory_to_hub`."""
     folder = str(trainer.args.output_dir)
     found = Trajectory.open(Path(folder, FILE_NAME))
-    check_rebuilt(trainer, found, token)
+    token = token or trainer.args.hub_token
+    check_rebuilt(trainer, starting_model(found, token=token, trust_remote_code=trust_remote_code), found)
     api = HfApi(token=token)
     with pushing(repository, folder), tempfile.TemporaryDirectory() as made:
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
@@ -114,11 +117,10 @@ def push_trajectory(
         return api.upload_folder(repo_id=name, folder_path=made, revision=revision, commit_message=commit_message)
 
 
-def check_rebuilt(trainer: Any, found: Trajectory, token: str | None) -> None:
+def check_rebuilt(trainer: Any, start: nn.Module, found: Trajectory) -> None:
     """Raises: TrajectoryError when what others would load is not what was trained, bit for bit."""
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    rebuilt = replay(starting_model(found, token=token).to(trainer.args.device), found)
-    if weights_hash(rebuilt) != weights_hash(trained):
+    rebuilt = replay(start.to(trainer.args.device), found)
+    if weights_hash(rebuilt) != weights_hash(unwrapped(trainer)):
         raise TrajectoryError(
             f"{found.path}: it does not give the model's present weights ({len(found)} steps): they were changed "
             "after the run, or another checkpoint was loaded. Push the weights with `push_to_hub`."

@@ -19,7 +19,8 @@ else:
 
 # how the client fails, and its library, httpx or httpx2; xet, and a server that is not there; without a token; offline
 UNREACHED = (HfHubHTTPError.__mro__[1], ConnectionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
-REMEDIES = {
+REMEDIES = {  # by the status of the Hub's answer, 0 where there is none
+    0: "The Hub was not reached, or has broken off.",
     401: "The token is missing or wrong: `hf auth login`, or set HF_TOKEN or `hub_token`.",
     403: "The token may not write there: take one with the role `write`, or another `hub_model_id`.",
     404: "There is no such repository or branch, or the token may not see it: check `hub_model_id` and `revision`.",
@@ -68,8 +69,7 @@ def of_the_hub(error: BaseException | None) -> bool:
 def told(error: BaseException, repository: str, folder: str) -> str:
     """What was not pushed, why, where it is, and what to do."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    no_token = isinstance(error, LocalTokenNotFoundError)
-    remedy = REMEDIES.get(401 if no_token else status, "The Hub was not reached, or has broken off.")
+    remedy = REMEDIES.get(401 if isinstance(error, LocalTokenNotFoundError) else status, "")
     return (
         f"{repository} was not pushed: {' '.join(str(error).split()) or type(error).__name__}. {remedy} "
         f"Nothing is lost: all is in {folder}, and a second push completes what the first has begun."
@@ -113,6 +113,8 @@ class PushMixin(Base):
         Raises:
             PushError: something did not arrive. Nothing is lost, and a second push completes it.
         """
+        if self.hub_model_id is None:  # the repository comes first there, and there may be none
+            self.save_model(_internal_call=True)
         with pushing(*self._pushed_to):
             return super().push_to_hub(*args, **kwargs)
 

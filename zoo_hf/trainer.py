@@ -7,7 +7,6 @@ applies it, and all else is the Trainer's.
 import functools
 import logging
 import time
-from collections import deque
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from .cards import model_card
 from .carry import state_after, with_state
 from .config import SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import Ranks, alone, broadcast_
-from .estimators import Estimate
+from .figures import Figures
 from .hub import push_trajectory
 from .interrupt import Interrupted, Signals
 from .objective import member_losses, plan, probes_of, tokens_in
@@ -251,7 +250,8 @@ class ZOOTrainerMixin(PushMixin):
 
         Args:
             repository: on the Hub; made if there is none.
-            kwargs: `private`, `token`, `revision`, `commit_message`, and what `create_model_card` takes.
+            kwargs: `private`, `token`, `revision`, `commit_message`, `trust_remote_code` for the base, and what
+                `create_model_card` takes.
 
         Raises:
             TrajectoryError: the trajectory does not say from what it started, or does not give these weights.
@@ -275,27 +275,3 @@ class ZOOTrainer(ZOOTrainerMixin, Trainer):
 
 class Finished(Exception):  # what ends the Trainer's loop, and no error
     """A run that is resumed has nothing left to do."""
-
-
-class Figures:
-    """What the log says of the steps since its last entry."""
-
-    def __init__(self) -> None:
-        self.estimates: deque[Estimate] = deque(maxlen=1000)
-        self.probes, self.seconds = 0, 0.0
-
-    def add(self, probes: int, seconds: float) -> None:
-        """Count the probes of a micro-batch, of all ranks, none where its step is repeated."""
-        self.probes, self.seconds = self.probes + probes, self.seconds + seconds
-
-    def entry(self, ranks: Ranks) -> dict[str, float]:
-        """The speed, what the estimates were like, and what a rank told the others."""
-        finite = [e.coefficients[e.coefficients.isfinite()] for e in self.estimates]
-        found = {
-            "forward_passes_per_second": round(self.probes / self.seconds, 3),
-            "coefficient_spread": torch.cat(finite).std(correction=0).item(),
-            "left_out": sum(e.left_out for e in self.estimates) / len(self.estimates),
-        }
-        if ranks.several:
-            found["bytes_to_other_ranks"] = ranks.take_bytes() / len(self.estimates)
-        return found

@@ -224,6 +224,16 @@ def test_a_push_that_fails_says_why_loses_nothing_and_a_second_one_completes_it(
     assert files["model.safetensors"] == Path(tmp_path / "run/model.safetensors").read_bytes()
 
 
+def test_a_model_is_saved_before_its_repository_is_asked_for(hub, impatient, pushing, tmp_path):
+    made = pushing(push_to_hub=False, save_strategy="no")
+    made.train()
+    hub.die()
+    with pytest.raises(PushError, match="Nothing is lost: all is in"):
+        made.push_to_hub()
+    saved = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run"))
+    assert all(torch.equal(saved[name], weight) for name, weight in weights(made.model).items())
+
+
 def test_a_missing_branch_is_said(hub, pushing):
     made = pushing(hub_strategy="end")
     made.train()
