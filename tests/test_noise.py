@@ -9,7 +9,8 @@ import reference
 import scipy.stats
 import torch
 
-from zoo_hf.noise import Direction, check_names, dropout_seed, entries, parameter_id, philox4x32
+from zoo_hf.noise import Direction, check_names, dropout_seed, entries, parameter_id
+from zoo_hf.philox import philox4x32
 
 
 KNOWN_ANSWERS = [  # Random123's own, for Philox4x32-10

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "zoo_hf"
 
 # A module imports only from those above its own; nothing above config imports transformers.
 ORDER = (
+    "philox",
     "noise",
     "low_rank",
     "kernels",

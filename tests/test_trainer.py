@@ -39,6 +39,7 @@ from transformers.training_args import OptimizerNames
 
 from zoo_hf import Direction, ZOOTrainer, entries, gradient
 from zoo_hf.noise import dropout_seed
+from zoo_hf.procedure import peak_memory
 
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -737,8 +738,29 @@ def test_forward_passes_are_counted(trainer, estimator, passes):
 def test_training_entries_have_these_keys(trainer):
     made = trainer(tiny_lstm(), texts(8), max_steps=1)
     made.train()
-    ours = {"forward_passes", "forward_passes_per_second", "coefficient_spread", "left_out"}
+    ours = {"forward_passes", "tokens", "forward_passes_per_second", "coefficient_spread", "left_out"}
     assert made.state.log_history[0].keys() == {"loss", "learning_rate", "epoch", "step"} | ours
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tokens_are_those_of_the_batches_each_counted_once_and_go_on_after_a_restart(trainer, tmp_path, size):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": size}
+    made = trainer(tiny_lstm(), texts(16, length=6), max_steps=2, **arguments)
+    made.train()
+    assert logged(made, "tokens")[:-1] == [24 * size, 48 * size]
+    again = trainer(tiny_lstm(), texts(16, length=6), max_steps=4, **arguments)
+    again.train(resume_from_checkpoint=True)
+    assert logged(again, "tokens")[:-1] == [24 * size * step for step in (1, 2, 3, 4)]
+
+
+def test_the_last_entry_has_the_memory_that_the_process_has_held_at_most(trainer):
+    made = trainer(tiny_lstm(), texts(4))
+    before = peak_memory()
+    made.train()
+    (peak,) = logged(made, "peak_memory_bytes")
+    assert before <= peak <= peak_memory()
+    held = torch.ones(peak // 4)  # as much again as ever before, all of it written
+    assert peak_memory() > peak + held.nbytes // 4
 
 
 def test_figures_are_those_of_the_steps_since_the_last_entry(trainer):

@@ -18,9 +18,10 @@ from .models import (
     ZooMamba2ForCausalLM,
     ZooMamba2Model,
 )
-from .noise import Direction, entries, philox4x32
+from .noise import Direction, entries
 from .origin import from_base
 from .perturbation import Member, perturbed, probe
+from .philox import philox4x32
 from .pushing import PushError
 from .record import TrajectoryError
 from .replay import replay

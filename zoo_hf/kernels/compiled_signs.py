@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..noise import DISTRIBUTIONS, Blocks, Direction, Rademacher, counters, philox_words, spans
+from ..noise import DISTRIBUTIONS, Blocks, Direction, Rademacher, counters, spans
+from ..philox import philox_words
 
 
 COMPILED_BLOCKS = 1 << 13  # one size for every call, so that one compilation serves all parameters
