@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from zoo_hf.cards import final_metrics, model_card
+from zoo_hf.procedure import command, peak_memory
 from zoo_hf.tasks import byte_tokenizer
 
 
@@ -60,6 +61,24 @@ def test_the_table_says_how_the_model_was_trained(finished):
     assert (rows["processes"], rows["precision"], rows["seed"]) == ("1", "float32", "7")
     assert f"torch {version('torch')}" in rows["software"]
     assert float(rows["forward passes a second"].replace(",", "")) > 0
+    assert rows["tokens"] == "64", "2 steps of 4 texts of 8"
+    assert float(rows["peak memory"].split(" MB")[0].replace(",", "")) == pytest.approx(peak_memory() / 1e6, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        (["train.py", "--seed", "3"], "`python train.py --seed 3`"),
+        (["a folder/train.py", "--text", "two words"], "`python 'a folder/train.py' --text 'two words'`"),
+        (["train.py", "--hub_token", "hf_secret", "--seed", "3"], "`python train.py --hub_token TOKEN --seed 3`"),
+        (["train.py", "--token=hf_secret"], "`python train.py --token=TOKEN`"),
+        (["/elsewhere/train.py"], ""),
+        (["notebook"], ""),
+    ],
+)
+def test_the_command_is_what_was_typed_without_tokens(tmp_path, monkeypatch, typed, shown):
+    monkeypatch.chdir(tmp_path)
+    assert command(typed) == shown
 
 
 def test_an_optimizer_and_a_schedule_that_were_given_are_the_ones_named(finished):

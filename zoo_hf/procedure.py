@@ -2,6 +2,7 @@
 
 import math
 import platform
+import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ def training_procedure(trainer: Trainer) -> dict[str, Any]:
     history, steps = trainer.state.log_history, f"{trainer.state.global_step:,}"
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     rows = [
+        ("command", command(sys.argv)),
         ("weights", f"{sum(p.numel() for p in model.parameters()):,}, of which {d:,} trained"),
         ("estimator", f"{estimator}, {n} directions, {_distribution(args)}"),
         ("members", _members(trainer)),
@@ -49,7 +51,7 @@ def training_procedure(trainer: Trainer) -> dict[str, Any]:
         ("software", ", ".join(f"{name} {number}" for name, number in versions().items())),
     ]
     return {
-        "procedure": rows,
+        "procedure": [(name, value) for name, value in rows if value],
         "formula": formula,
         "steps": steps,
         "directions": n,
@@ -61,6 +63,20 @@ def training_procedure(trainer: Trainer) -> dict[str, Any]:
 def unwrapped(trainer: Trainer) -> nn.Module:
     """The model, without a wrapper of accelerate's or of the compiler's around it."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+
+
+def command(arguments: list[str]) -> str:
+    """What was typed to run a script in the present folder, without tokens; empty for a notebook or a module."""
+    script = Path(arguments[0]).resolve()
+    if script.suffix != ".py" or Path.cwd() not in script.parents:
+        return ""
+    shown, hidden = [], False
+    for argument in arguments[1:]:
+        name, _, value = argument.partition("=")
+        secret = name.startswith("-") and name.endswith("token")
+        shown.append("TOKEN" if hidden else f"{name}=TOKEN" if secret and value else argument)
+        hidden = secret and not value
+    return f"`{shlex.join(['python', str(script.relative_to(Path.cwd())), *shown])}`"
 
 
 def hardware() -> str:
