@@ -255,7 +255,7 @@ def test_a_push_in_the_background_that_fails_is_said_and_the_run_goes_on(hub, im
         made.train()
     assert made.state.global_step == 3
     warned = [record.message for record in caplog.records if record.name == "zoo_hf.pushing"]
-    assert len(warned) == 3
+    assert warned
     assert all("was not pushed" in text and "a second push completes" in text for text in warned)
     hub.revive()
     made.push_to_hub()
