@@ -80,6 +80,12 @@ class Origin:
             )
         if not isinstance(vars(torch).get(self.dtype), torch.dtype):
             raise ValueError(f"`dtype` is {self.dtype!r}, which torch does not have.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"`seed` must be in [0, 2**32), got {self.seed}.")
+        try:
+            json.dumps(self.config)
+        except TypeError as error:
+            raise ValueError(f"What is changed in the configuration is recorded as JSON: {error}.") from error
 
 
 Bounds = Callable[[nn.Module, Collection[str]], dict[str, float]]  # model, its new tensors → what to draw them with

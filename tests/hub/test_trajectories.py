@@ -240,6 +240,15 @@ def test_an_adapter_that_starts_from_what_is_no_noise_is_refused(hub, base, adap
         from_base(BASE, adapter=adapter)
 
 
+def test_what_cannot_be_recorded_is_refused_before_the_training(hub, base):
+    with pytest.raises(ValueError, match="recorded as JSON: Object of type set is not JSON"):
+        from_base(BASE, labels={"a", "b"})
+    with pytest.raises(ValueError, match=r"`seed` must be in \[0, 2\*\*32\), got -1"):
+        from_base(BASE, seed=-1)
+    with pytest.raises(ValueError, match="`auto` must be one of"):
+        from_base(BASE, auto="AutoModelForMaskedLM")
+
+
 def test_a_repository_without_a_trajectory_and_one_that_is_not_there(hub, base):
     with pytest.raises(TrajectoryError, match=f"{BASE}: this repository has no trajectory.zoo"):
         load_from_trajectory(BASE)
