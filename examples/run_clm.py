@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from zoo_hf import ZOOConfig, ZOOTrainer
+from zoo_hf import PushError, ZOOConfig, ZOOTrainer
 from zoo_hf.callbacks import LossPlotCallback
 from zoo_hf.tasks import (
     bits_per_byte,
@@ -337,13 +337,8 @@ def sample(trainer: ZOOTrainer, tokenizer: Any) -> str:
 
 
 def finish(trainer: ZOOTrainer, data_args: DataTrainingArguments, tokenizer: Any, metrics: dict[str, float]) -> None:
-    """Write or push the card, and say what came out and where it is."""
+    """Say what came out and where it is, and write or push the card."""
     args = trainer.args
-    card = {"dataset": data_args.title, "dataset_tags": data_args.dataset_name}
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif args.do_train:
-        trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
         print(f"\nIt writes now:\n\n{sample(trainer, tokenizer)}\n")
         print("  ".join(f"{text} {metrics[name]:.3f}" for name, text in FIGURES.items() if name in metrics))
@@ -351,6 +346,11 @@ def finish(trainer: ZOOTrainer, data_args: DataTrainingArguments, tokenizer: Any
             output = Path(args.output_dir).resolve()
             plot = " and loss.png" if (output / "loss.png").exists() else ""
             print(f"Model, tokenizer, README.md (model card){plot} are in {output}")
+    card = {"dataset": data_args.title, "dataset_tags": data_args.dataset_name}
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    elif args.do_train:
+        trainer.create_model_card(**card)
 
 
 def make_trainer(**arguments: Any) -> ZOOTrainer:
@@ -422,7 +422,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: ZOOC
     if args.do_train:
         checkpoint: Any = args.resume_from_checkpoint
         result = trainer.train(resume_from_checkpoint=True if checkpoint == "last" else checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # not pushed yet: that is done once, with the evaluation
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     finish(trainer, data_args, tokenizer, evaluate(trainer, tokenizer) if args.do_eval else {})
@@ -431,7 +431,7 @@ def run(model_args: ModelArguments, data_args: DataTrainingArguments, args: ZOOC
 def main() -> None:
     try:
         run(*parse_arguments(sys.argv[1:]))
-    except Mistake as mistake:
+    except (Mistake, PushError) as mistake:
         print(f"{Path(sys.argv[0]).name}: error: {mistake}", file=sys.stderr)
         sys.exit(2)
 

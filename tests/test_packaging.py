@@ -47,6 +47,7 @@ ORDER = (
     "config",
     "callbacks",
     "procedure",
+    "loading",
     "cards",
     "carry",
     "preparation",

@@ -11,22 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .callbacks import PLOT_NAME
+from .loading import bare_model, is_ours, library_of, loading_code, replaying, repository_of, task_of
 from .procedure import training_procedure, unwrapped
-from .trajectory import FILE_NAME, Trajectory
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-
-# how the name of a model's class ends → its pipeline, its Auto class, whether its loss is in nats a token
-TASKS = {
-    "ForCausalLM": ("text-generation", "ForCausalLM", True),
-    "LMHeadModel": ("text-generation", "ForCausalLM", True),
-    "ForConditionalGeneration": (None, "ForSeq2SeqLM", True),
-    "ForSequenceClassification": ("text-classification", "ForSequenceClassification", False),
-    "ForTokenClassification": ("token-classification", "ForTokenClassification", False),
-    "ForQuestionAnswering": ("question-answering", "ForQuestionAnswering", False),
-}
-OTHER_TASK = (None, "", False)
 
 # what an evaluation logs beside its metrics
 BOOKKEEPING = ("_runtime", "_per_second", "_preparation_time")
@@ -61,15 +50,16 @@ def model_card(
     data = ModelCardData(
         language=_listed(language) or None,
         license=license,
-        library_name="zoo_hf" if trajectory_of else _library(trainer),
+        library_name="zoo_hf" if trajectory_of else library_of(trainer),
         pipeline_tag=next(iter(_listed(tasks)), pipeline),
         tags=_tags(network, [*_listed(tags), *(["trajectory"] if trajectory_of else [])]),
         base_model=finetuned_from or _base_model(trainer),
         datasets=_listed(dataset_tags) or None,
-        model_name=model_name or Path(_repository(trainer)).name,
-        eval_results=_eval_results(metrics, pipeline, dataset_tags, dataset, dataset_args) or None,
     )
-    variables = content(trainer, data, metrics, dataset) | replaying(trainer, trajectory_of)
+    name = model_name or Path(trajectory_of or repository_of(trainer)).name
+    data.eval_results = _eval_results(metrics, pipeline, dataset_tags, dataset, dataset_args) or None
+    data.model_name = name if data.eval_results else None  # the index of its results has it
+    variables = content(trainer, data, metrics, dataset) | replaying(trainer, trajectory_of) | {"name": name}
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **variables)
 
 
@@ -77,7 +67,6 @@ def content(trainer: Trainer, data: ModelCardData, metrics: dict[str, float], da
     """The variables of the template."""
     network = bare_model(trainer)
     return {
-        "name": data.model_name,
         "summary": _summary(network, data.base_model, dataset),
         "plot": PLOT_NAME if Path(str(trainer.args.output_dir), PLOT_NAME).exists() else None,
         "dataset": ", ".join(_listed(dataset)) or "the evaluation set",
@@ -86,12 +75,6 @@ def content(trainer: Trainer, data: ModelCardData, metrics: dict[str, float], da
         "loading": loading_code(trainer),
         **training_procedure(trainer),
     }
-
-
-def task_of(model: nn.Module) -> tuple[str | None, str, bool]:
-    """(pipeline, ending of the Auto class, whether the loss is in nats a token), by the name of the model's class."""
-    name = type(model).__name__
-    return next((task for ending, task in TASKS.items() if name.endswith(ending)), OTHER_TASK)
 
 
 def final_metrics(trainer: Trainer, *, with_perplexity: bool) -> dict[str, float]:
@@ -110,81 +93,6 @@ def final_metrics(trainer: Trainer, *, with_perplexity: bool) -> dict[str, float
     if with_perplexity and "loss" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))  # e^710 is no float
     return metrics
-
-
-def replaying(trainer: Trainer, trajectory_of: str | None) -> dict[str, Any]:
-    """What the card says of the trajectory: `replay` is where it is, None for none; `origin` whether it knows its own.
-
-    Where the repository has no weights, the code that loads the model replays it.
-    """
-    path = Path(str(trainer.args.output_dir), FILE_NAME)
-    found = Trajectory.find(path)
-    if found is None:
-        return {"replay": None}
-    place, weights = trajectory_of or _repository(trainer), sum(p.nbytes for p in unwrapped(trainer).parameters())
-    facts = {"replay": place, "origin": found.header.origin, "trajectory_size": size(found.end)}
-    if trajectory_of is None:
-        return facts
-    code = f'import zoo_hf\n\nmodel = zoo_hf.load_from_trajectory("{trajectory_of}")'
-    return facts | {"loading": code, "weights_size": size(weights), "only": True}
-
-
-def size(of: int) -> str:
-    """Bytes, in words."""
-    return f"{of / 1e6:,.1f} MB" if of >= 1e6 else f"{of / 1e3:,.0f} kB"
-
-
-def loading_code(trainer: Trainer) -> str:
-    """Python lines that load the trained model, and its tokenizer if there is one."""
-    network, library, place = bare_model(trainer), _library(trainer), _repository(trainer)
-    if library is None:
-        return _loading_code_of_a_module(trainer)
-    auto = f"Auto{'Peft' if library == 'peft' else ''}Model{task_of(network)[1]}"
-    names, calls = [auto], [f'model = {auto}.from_pretrained("{place}")']
-    if trainer.processing_class is not None:
-        names.append("AutoTokenizer")
-        calls.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}")')
-    imports = [f"from transformers import {', '.join(names)}"]
-    if library == "peft":
-        imports = [f"from peft import {auto}", *(f"from transformers import {name}" for name in names[1:])]
-    if _is_ours(network):
-        imports.insert(0, "import zoo_hf  # knows this kind of model; without it, add trust_remote_code=True below")
-    return "\n".join([*imports, "", *calls])
-
-
-def _loading_code_of_a_module(trainer: Trainer) -> str:
-    imports, weights = ["from safetensors.torch import load_model"], f'"{trainer.args.output_dir}/model.safetensors"'
-    if _hub_id(trainer):
-        imports.insert(0, "from huggingface_hub import hf_hub_download")
-        weights = f'hf_hub_download("{_hub_id(trainer)}", "model.safetensors")'
-    kind = type(bare_model(trainer)).__name__
-    made = f"model = {kind}(...)  # a class of its own: take it from where it was trained"
-    return "\n".join([*imports, "", made, f"load_model(model, {weights})"])
-
-
-def bare_model(trainer: Trainer) -> nn.Module:
-    """The model, without an adapter or a wrapper around it."""
-    model: Any = unwrapped(trainer)
-    return model.get_base_model() if is_peft_model(model) else model
-
-
-def _library(trainer: Trainer) -> str | None:
-    """The library whose `from_pretrained` loads what was saved."""
-    if is_peft_model(unwrapped(trainer)):
-        return "peft"
-    return "transformers" if isinstance(bare_model(trainer), PreTrainedModel) else None
-
-
-def _repository(trainer: Trainer) -> str:
-    return str(_hub_id(trainer) or trainer.args.output_dir)
-
-
-def _hub_id(trainer: Trainer) -> str | None:
-    return trainer.hub_model_id or trainer.args.hub_model_id
-
-
-def _is_ours(network: nn.Module) -> bool:
-    return type(network).__module__.startswith("zoo_hf.")
 
 
 def _base_model(trainer: Trainer) -> str | None:
@@ -208,7 +116,7 @@ def _summary(network: nn.Module, base: Names, dataset: Names) -> str:
 
 
 def _tags(network: nn.Module, tags: Names) -> list[str]:
-    family = ["rnn"] if _is_ours(network) else []
+    family = ["rnn"] if is_ours(network) else []
     own = network.model_tags if isinstance(network, PreTrainedModel) else None
     return sorted({"zoo_hf", "zeroth-order", *family, *(own or []), *_listed(tags)})
 

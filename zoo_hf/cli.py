@@ -102,7 +102,7 @@ def facts(found: Trajectory) -> dict[str, str]:
         "steps": f"{len(found):,}, from {header.first_step:,}",
         "trained": f"{sum(sizes):,} weights in {len(sizes):,} parameters",
         "optimizer": header.optimizer,
-        "starting weights": f"{origin_in_words(header.origin)}; SHA-256 {header.start}",
+        "starting weights": f"{header.started_from}; SHA-256 {header.start}",
         **{name: str(value) for name, value in header.settings.items()},
         "versions": ", ".join(f"{name} {number}" for name, number in header.versions.items()),
     }
@@ -113,15 +113,6 @@ def facts(found: Trajectory) -> dict[str, str]:
         rows["last learning rates"] = rates
         rows["pairs left out"] = f"{left_out:,} of {len(steps) * header.settings['num_directions']:,}"
     return rows
-
-
-def origin_in_words(origin: dict[str, Any]) -> str:
-    """From what a run started, as a table has room for."""
-    if not origin:
-        return "not said of what"
-    base = f"{origin['base']} at {origin['revision']}" if origin["base"] else f"new, of seed {origin['seed']}"
-    adapter = f" with an adapter, {len(origin['drawn']):,} tensors of noise" if origin["drawn"] else ""
-    return base + adapter
 
 
 def environment() -> dict[str, str]:

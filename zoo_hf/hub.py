@@ -6,14 +6,14 @@ from shutil import copy
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from torch import nn
 
 from .callbacks import PLOT_NAME
 from .cards import model_card
-from .origin import made_again
+from .origin import forget_origin, made_again
 from .procedure import unwrapped
-from .pushing import UNREACHED, pushing
+from .pushing import UNREACHED, WEIGHTS, pushing
 from .record import NOT_OF_CONTENT, TrajectoryError
 from .replay import replay, weights_hash
 from .trajectory import FILE_NAME, Trajectory
@@ -38,7 +38,7 @@ def trajectory_of(place: str | Path, *, revision: str | None = None, token: str 
         return Trajectory.open(path)
     try:
         return Trajectory.open(hf_hub_download(str(place), FILE_NAME, revision=revision, token=token))
-    except EntryNotFoundError as error:
+    except RemoteEntryNotFoundError as error:
         raise TrajectoryError(f"{place}: this repository has no {FILE_NAME}.") from error
 
 
@@ -63,12 +63,15 @@ def load_from_trajectory(
         revision: of the repository with the trajectory.
 
     Raises:
-        TrajectoryError: it is damaged, names no origin, or one whose weights are not those that the run started from.
+        TrajectoryError: it is not there, is damaged, names no origin, or one whose weights are not those that the run
+            started from.
         OSError: the trajectory or the base cannot be read.
     """
     found = trajectory_of(place, revision=revision, token=token)
     start = starting_model(found, token=token, trust_remote_code=trust_remote_code) if model is None else model
-    return replay(start.to(device), found, upto).eval()
+    tuned = replay(start.to(device), found, upto).eval()
+    forget_origin(tuned)
+    return tuned
 
 
 def starting_model(found: Trajectory, *, token: str | None = None, trust_remote_code: bool = False) -> nn.Module:
@@ -102,14 +105,19 @@ def push_trajectory(
     **card: Any,
 ) -> CommitInfo:
     """Publish a run as its trajectory, card and plot, without weights; see `ZOOTrainer.push_trajectory_to_hub`."""
-    folder = str(trainer.args.output_dir)
-    found = Trajectory.open(Path(folder, FILE_NAME))
-    token = token or trainer.args.hub_token
+    folder, args = str(trainer.args.output_dir), trainer.args
+    found, token, revision = trajectory_of(folder), token or args.hub_token, revision or args.hub_revision
     check_rebuilt(trainer, starting_model(found, token=token, trust_remote_code=trust_remote_code), found)
     api = HfApi(token=token)
     with pushing(repository, folder), tempfile.TemporaryDirectory() as made:
+        private = args.hub_private_repo if private is None else private
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if any(file.endswith(WEIGHTS) for file in api.list_repo_files(name, revision=revision)):
+            raise ValueError(f"{name} has weights, beside which a trajectory would not be alone: choose another name.")
+        trainer.branch = revision
         copy(found.path, made)
+        if trainer.processing_class is not None and not found.header.origin["base"]:
+            trainer.processing_class.save_pretrained(made)  # else it is that of the base
         plot = Path(folder, PLOT_NAME)
         if plot.exists():
             copy(plot, made)

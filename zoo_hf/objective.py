@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from .batches import split
-from .cards import bare_model
 from .distributed import STOP, alone, share
 from .estimators import ESTIMATORS, Estimator
 from .interrupt import Interrupted
+from .loading import bare_model
 from .low_rank import Kind, kind_of
 from .noise import Direction, dropout_seed
 from .perturbation import Member, Objective, probing_mode, seeded

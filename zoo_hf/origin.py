@@ -6,7 +6,7 @@ A trajectory bears its origin, and with it gives the trained weights to somebody
 import json
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from .cards import task_of
+from .loading import task_of
 from .noise import PURPOSE_INITIAL, Blocks, Direction, words_of
 
 
@@ -43,6 +43,7 @@ AUTO: dict[str, Any] = {
 }
 NOISE = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # parts of a LoRA layer that may start as noise
 PLAIN_STARTS = (True, False, "gaussian")  # of `init_lora_weights`: what depends on nothing but noise
+APART = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")  # of no loss
 KEPT = "_zoo_origin"  # where a model keeps the origin that it was made from
 
 
@@ -121,7 +122,10 @@ def from_base(
         ValueError: the base is a folder of this machine, or the adapter starts from what is no noise.
         OSError: the Hub has no such model, or none that this token may read.
     """
-    AutoConfig.from_pretrained(base, revision=revision, token=token, trust_remote_code=trust_remote_code)
+    found = AutoConfig.from_pretrained(base, revision=revision, token=token, trust_remote_code=trust_remote_code)
+    for name in config:
+        if name not in dir(found):
+            raise ValueError(f"The configuration of {base}, {type(found).__name__}, has no `{name}`.")
     commit = commit_of(base, revision or "main")
     if commit is None:
         raise ValueError(
@@ -257,12 +261,28 @@ def origin_of(model: nn.Module, seed: int) -> dict[str, Any]:
         seed: with which new weights were initialised.
     """
     if KEPT in vars(model):
-        return asdict(vars(model)[KEPT])
+        return asdict(with_changes(vars(model)[KEPT], model))
     auto = f"AutoModel{task_of(model)[1]}"
     if not isinstance(model, PreTrainedModel) or auto not in AUTO:
         return {}
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     if config._name_or_path:
         commit = commit_of(config._name_or_path)
-        return {} if commit is None else asdict(Origin(auto, {}, dtype, seed, config._name_or_path, commit))
-    return asdict(Origin(auto, json.loads(config.to_json_string(use_diff=True)), dtype, seed))
+        found = None if commit is None else Origin(auto, {}, dtype, seed, config._name_or_path, commit)
+        return {} if found is None else asdict(with_changes(found, model))
+    return asdict(Origin(auto, json.loads(json.dumps(config.to_diff_dict())), dtype, seed))
+
+
+def with_changes(origin: Origin, model: Any) -> Origin:
+    """An origin with all in which a model's configuration differs from its base's."""
+    config = (model.get_base_model() if origin.adapter is not None else model).config
+    before = type(config).from_pretrained(origin.base, revision=origin.revision, local_files_only=True).to_dict()
+    now = json.loads(json.dumps(config.to_dict()))
+    before = json.loads(json.dumps(before))
+    changed = {name: value for name, value in now.items() if name not in APART and before.get(name) != value}
+    return replace(origin, config=changed | origin.config)
+
+
+def forget_origin(model: nn.Module) -> None:
+    """A model that was trained is no longer what it was made from."""
+    vars(model).pop(KEPT, None)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .cards import bare_model
 from .carry import check_state
 from .config import FLOAT16
+from .loading import bare_model
 from .noise import check_names
 from .perturbation import check_contiguous, share_moved
 

@@ -1,13 +1,20 @@
 """A trainer on its way to the Hub: its token stays its own, and what goes wrong is said, by when nothing is lost."""
 
 import logging
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +41,9 @@ class Token(str):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return type(None), ()
+
+    def __copy__(self) -> "Token":
+        return self
 
     def __deepcopy__(self, memo: Any) -> "Token":
         return self
@@ -68,12 +78,16 @@ def of_the_hub(error: BaseException | None) -> bool:
 
 def told(error: BaseException, repository: str, folder: str) -> str:
     """What was not pushed, why, where it is, and what to do."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    remedy = REMEDIES.get(401 if isinstance(error, LocalTokenNotFoundError) else status, "")
-    return (
-        f"{repository} was not pushed: {' '.join(str(error).split()) or type(error).__name__}. {remedy} "
-        f"Nothing is lost: all is in {folder}, and a second push completes what the first has begun."
-    )
+    status = 0 if of_the_hub(error) else -1
+    if isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError)):
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 401
+    why = SECRET.sub("…", " ".join(str(error).split())).rstrip(".") or type(error).__name__
+    sentences = [f"{repository} was not pushed: {why}.", REMEDIES.get(status, ""), KEPT.format(folder)]
+    return " ".join(filter(None, sentences))
+
+
+SECRET = re.compile(r"\bhf_\w+|(?<=Bearer )\S+")
+KEPT = "Nothing is lost: what was saved is in {}, and a second push completes what the first has begun."
 
 
 def watch(jobs: list[Any], repository: str, folder: str) -> None:
@@ -88,13 +102,29 @@ def watch(jobs: list[Any], repository: str, folder: str) -> None:
         job.add_done_callback(ended)
 
 
+def copy_files(source: Path, target: Path, checkpoint: Path) -> None:
+    """The files of a run's folder but for its weights, and the code that a checkpoint has."""
+    for file in [*source.iterdir(), *checkpoint.glob("*.py")]:
+        if file.is_file() and not file.name.startswith("_") and file.suffix not in WEIGHTS:
+            shutil.copy(file, target)
+
+
+WEIGHTS = (".safetensors", ".bin", ".pt")
+
+
 class PushMixin(Base):
-    """What a trainer pushes as the stock one does, with errors that say what to do."""
+    """What a trainer pushes as the stock one does, with errors that say what to do.
+
+    Attributes:
+        branch: of the repository that the last push went to; None for the main one.
+    """
+
+    branch: str | None = None
 
     def hide_token(self) -> None:
         """Keep the token out of `training_args.bin`, which is pushed, and out of logs."""
         if self.args.hub_token is not None:
-            self.args.hub_token = Token(self.args.hub_token)
+            self.args.hub_token = Token(self.args.hub_token.strip())
 
     @property
     def _pushed_to(self) -> tuple[str, str]:
@@ -115,13 +145,33 @@ class PushMixin(Base):
         """
         if self.hub_model_id is None:  # the repository comes first there, and there may be none
             self.save_model(_internal_call=True)
+        self.branch = kwargs.get("revision") or self.args.hub_revision
         with pushing(*self._pushed_to):
-            return super().push_to_hub(*args, **kwargs)
+            pushed = super().push_to_hub(*args, **kwargs)
+        if isinstance(pushed, Future):
+            watch([pushed], *self._pushed_to)
+        return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        before = self._jobs()
-        super()._push_from_checkpoint(checkpoint_folder)
-        watch([job for job in self._jobs() if job not in before], *self._pushed_to)
+        """As the Trainer's, of a copy: the run goes on in its folder while what is there is on its way."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        before, pushed_to, folder = self._jobs(), self._pushed_to, self.args.output_dir
+        staged = tempfile.mkdtemp()
+        copy_files(Path(str(folder)), Path(staged), Path(checkpoint_folder))
+        try:
+            self.args.output_dir = staged
+            self.create_model_card()
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self.args.output_dir = folder
+        jobs = [job for job in self._jobs() if job not in before]
+        watch(jobs, *pushed_to)
+        removed = partial(shutil.rmtree, staged, ignore_errors=True)
+        if jobs:
+            jobs[0].add_done_callback(lambda _: removed())  # that of the model; the other is of the checkpoint itself
+        else:
+            removed()
 
     def _jobs(self) -> list[Any]:
         """Pushes in the background, which only the first process has."""

@@ -88,6 +88,22 @@ class Header:
         return json.dumps(asdict(self)).encode()
 
     @property
+    def started_from(self) -> str:
+        """From what, in words."""
+        origin = self.origin
+        if not origin:
+            return "what is not recorded"
+        if not origin.get("base"):
+            return f"new weights of seed {origin.get('seed')}"
+        adapter = origin.get("adapter")
+        parts = [f"{origin['base']} at {origin.get('revision')}"]
+        if adapter is not None:
+            parts.append("LoRA (" + ", ".join(f"{name} {value}" for name, value in adapter.items()) + ")")
+        if origin.get("drawn"):
+            parts.append(f"{len(origin['drawn']):,} tensors of noise")
+        return ", with ".join(parts[:2]) + "".join(f", {part}" for part in parts[2:])
+
+    @property
     def kind(self) -> Kind:
         """The distribution of the directions."""
         name = self.settings["distribution"]

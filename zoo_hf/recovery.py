@@ -67,7 +67,7 @@ def find_start(output_dir: str, resume: str | bool | None, launch: str) -> Start
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not resume and not restarted:
         return Start()
-    path = Path(output_dir, FILE_NAME)
+    path, resume = Path(output_dir, FILE_NAME), adopted(output_dir, resume)
     try:
         recorded = Trajectory.find(path)
     except TrajectoryError as error:
@@ -81,6 +81,20 @@ def find_start(output_dir: str, resume: str | bool | None, launch: str) -> Start
     return Start(resume, goes_on=same, fresh=False)
 
 
+def adopted(output_dir: str, resume: str | bool | None) -> str | bool | None:
+    """Name `last-checkpoint`, which came from the Hub, as others are named here: no push takes it back."""
+    folder = Path(output_dir, "last-checkpoint")
+    if not (folder / "trainer_state.json").exists():
+        return resume
+    named = folder.with_name(
+        f"checkpoint-{TrainerState.load_from_json(str(folder / 'trainer_state.json')).global_step}"
+    )
+    meant = isinstance(resume, str) and os.path.realpath(resume) == os.path.realpath(folder)
+    if not named.exists():
+        folder.rename(named)
+    return str(named) if meant else resume
+
+
 def launch_name() -> str:
     """The present call of `train`, named as before when torchrun has restarted the process; empty without torchrun."""
     call = next(CALLS)
@@ -90,33 +104,33 @@ def launch_name() -> str:
 
 
 def newest_checkpoint(output_dir: str, recorded: Trajectory | None = None, upto: int | None = None) -> str | None:
-    """The newest folder with a checkpoint that was written to its end, of the recorded run if there is one.
+    """The newest folder `checkpoint-<step>` that was written to its end, of the recorded run if there is one.
 
-    They are named `checkpoint-<step>`, or `last-checkpoint` where they come from the Hub. A checkpoint without the
-    optimizer's state is none that a recorded run can go on from.
+    A checkpoint without the optimizer's state is none that a recorded run can go on from.
 
     Args:
         upto: a later one is not asked for.
     """
-    found = {}
-    for folder in sorted(Path(output_dir).glob("*checkpoint*/")):
-        named = re.fullmatch(r"checkpoint-(\d+)|last-checkpoint", folder.name)
-        if named and (recorded is None or belongs(folder, recorded)):
-            try:  # it is written last
-                step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
-            except (OSError, ValueError, TypeError):
-                logger.warning(f"{folder} was not written to its end, and is left aside.")
-                continue
-            if named[1] in (None, str(step)) and (upto is None or step <= upto):
-                found[step] = str(folder)
-    return found[max(found)] if found else None
+    for step, folder in sorted(checkpoints(output_dir).items(), reverse=True):
+        if (upto is not None and step > upto) or not (recorded is None or belongs(folder, recorded)):
+            continue
+        try:  # it is written last
+            if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step == step:
+                return str(folder)
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"{folder} was not written to its end, and is left aside.")
+    return None
+
+
+def checkpoints(output_dir: str) -> dict[int, Path]:
+    """Folders of checkpoints by the step in their names."""
+    return {int(m[1]): p for p in Path(output_dir).glob("*/") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
 
 
 def disown(output_dir: str, after: int) -> None:
     """Checkpoints after a step, whose steps are dropped, are no longer of the recorded run."""
-    for folder in Path(output_dir).glob("checkpoint-*/"):
-        step = folder.name.removeprefix("checkpoint-")
-        if step.isdecimal() and int(step) > after:
+    for step, folder in checkpoints(output_dir).items():
+        if step > after:
             (folder / RUN_NAME).unlink(missing_ok=True)
 
 

@@ -217,8 +217,8 @@ def check_model(model: nn.Module, header: Header, path: str) -> None:
             raise TrajectoryError(f"{path}: parameter {name!r} was {then} when the run started, and is {now}.")
     if weights_hash(model) != header.start:
         raise TrajectoryError(
-            f"{path}: the model's weights are not those that the run started from: load the same revision, or "
-            "initialise it with the same seed and versions."
+            f"{path}: the model's weights are not those that the run started from: load the same revision "
+            "(`zoo_hf.from_base` records it), or initialise it with the same seed and versions."
         )
 
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import texts, tiny_lstm, weights
 from huggingface_hub import HfApi, snapshot_download
+from local_hub_storage import LARGE_SUFFIXES
 from test_trainer import Quadratic, points
 from transformers import AutoModelForCausalLM, TrainerCallback, pipeline
 
-from zoo_hf import PushError
+from zoo_hf import PushError, Trajectory
 from zoo_hf.pushing import Token
 from zoo_hf.tasks.text import byte_tokenizer
 
@@ -78,7 +79,7 @@ def test_a_model_that_is_not_of_transformers_is_pushed_with_a_card(hub, trainer,
 def test_every_strategy_pushes_what_it_says(hub, pushing, strategy, folders, during):
     made = pushing(hub_strategy=strategy)
     made.train()
-    assert ("model.safetensors" in hub.files(REPOSITORY)) == during
+    assert (hub.files(REPOSITORY).keys() >= MODEL | RUN) == during
     made.push_to_hub()
     files = hub.files(REPOSITORY)
     assert {name.split("/")[0] for name in files if "/" in name} == folders
@@ -99,6 +100,10 @@ def test_a_run_goes_on_from_its_last_checkpoint_on_the_hub(hub, pushing, tmp_pat
     expected = weights(whole.model)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(again.model).items())
     assert not (elsewhere / "trajectory-1.zoo").exists(), "the same file goes on"
+    pushed = hub.files(REPOSITORY)["last-checkpoint/model.safetensors"]
+    again.push_to_hub()
+    assert hub.files(REPOSITORY)["last-checkpoint/model.safetensors"] == pushed
+    assert not (elsewhere / "last-checkpoint").exists(), "which is named as checkpoints are named here"
 
 
 def test_a_private_repository_and_a_branch(hub, pushing):
@@ -109,6 +114,9 @@ def test_a_private_repository_and_a_branch(hub, pushing):
     made.train()
     made.push_to_hub(revision="tuned")
     assert hub.files(REPOSITORY).keys() & MODEL == set()
+    card = hub.files(REPOSITORY, "tuned")["README.md"].decode()
+    assert f'from_pretrained("{REPOSITORY}", revision="tuned")' in card
+    assert f"zoo-hf replay {REPOSITORY} replayed --revision tuned\n" in card
     expected = weights(made.model)
     loaded = weights(AutoModelForCausalLM.from_pretrained(REPOSITORY, revision="tuned"))
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
@@ -210,7 +218,7 @@ def test_a_push_that_fails_says_why_loses_nothing_and_a_second_one_completes_it(
             made.push_to_hub()
     assert str(error.value).startswith(f"{REPOSITORY} was not pushed: ")
     assert said in str(error.value)
-    assert f"Nothing is lost: all is in {tmp_path / 'run'}" in str(error.value)
+    assert f"Nothing is lost: what was saved is in {tmp_path / 'run'}" in str(error.value)
     assert hub.token not in str(error.value)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert all(torch.equal(weight, weights(made.model)[name]) for name, weight in weights(saved).items())
@@ -228,10 +236,43 @@ def test_a_model_is_saved_before_its_repository_is_asked_for(hub, impatient, pus
     made = pushing(push_to_hub=False, save_strategy="no")
     made.train()
     hub.die()
-    with pytest.raises(PushError, match="Nothing is lost: all is in"):
+    with pytest.raises(PushError, match="Nothing is lost: what was saved is in"):
         made.push_to_hub()
     saved = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run"))
     assert all(torch.equal(saved[name], weight) for name, weight in weights(made.model).items())
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_a_record_that_grows_while_it_is_pushed_arrives_as_it_was(hub, pushing, monkeypatch, caplog, always):
+    monkeypatch.setattr("local_hub_storage.LARGE_SUFFIXES", (*LARGE_SUFFIXES, ".zoo"))
+    made = pushing(20, hub_strategy="every_save", save_steps=2, hub_always_push=always)
+    with caplog.at_level(logging.WARNING, logger="zoo_hf"):
+        made.train()
+        made.push_to_hub()
+    assert [record.message for record in caplog.records if record.name == "zoo_hf.pushing"] == []
+    for commit in HfApi().list_repo_commits(REPOSITORY)[:-1]:
+        pushed = HfApi().hf_hub_download(REPOSITORY, "trajectory.zoo", revision=commit.commit_id)
+        assert len(Trajectory.open(pushed)) >= 2
+
+
+def test_a_token_with_a_line_end_is_used_and_not_said(hub, pushing):
+    made = pushing(hub_token=f"{hub.token}\n", hub_strategy="end")
+    made.train()
+    made.push_to_hub()
+    with pytest.raises(PushError) as error:
+        made.push_to_hub(token="hf_secret\n")
+    assert "secret" not in str(error.value)
+
+
+def test_the_replay_of_a_best_model_stops_where_it_was_best(hub, pushing):
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 50.0}
+    made = pushing(4, hub_strategy="end", keywords=[("eval_dataset", texts(8))], **best)
+    made.train()
+    made.push_to_hub()
+    assert made.state.best_global_step < 4
+    assert f"zoo-hf replay {REPOSITORY} replayed --upto {made.state.best_global_step}\n" in (
+        hub.files(REPOSITORY)["README.md"].decode()
+    )
 
 
 def test_a_missing_branch_is_said(hub, pushing):

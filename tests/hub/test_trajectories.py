@@ -9,6 +9,7 @@ from conftest import VOCABULARY, texts, weights
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
+from small_models import dnc, mamba2, rnn, rwkv7
 from test_trainer import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -73,10 +74,15 @@ def a_dora_adapter():
     return from_base(BASE, adapter=LoraConfig(use_dora=True, target_modules=["q_proj"])), None
 
 
-def a_new_model():
-    torch.manual_seed(42)  # as `set_seed(args.seed)` does in a script
-    sizes = {"vocab_size": VOCABULARY, "embedding_size": 8, "hidden_size": 16}
-    return zoo_hf.RNNForCausalLM(zoo_hf.RNNConfig(**sizes)), None
+def new(family):
+    """A new model of a family, as a script makes it after `set_seed(args.seed)`."""
+
+    def started():
+        torch.manual_seed(42)
+        return family(vocab_size=VOCABULARY), None
+
+    started.__name__ = f"new {family.__name__}"
+    return started
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,7 @@ def a_new_model():
         a_new_head,
         a_new_head_beside_an_adapter,
         a_dora_adapter,
-        a_new_model,
+        *map(new, (rnn, dnc, rwkv7, mamba2)),
     ],
     ids=lambda started: started.__name__,
 )
@@ -98,7 +104,7 @@ def test_kilobytes_on_the_hub_give_the_weights_bit_for_bit(hub, base, tuned, sta
     made.push_trajectory_to_hub(TUNED, dataset="random tokens")
     files = hub.files(TUNED)
     assert files.keys() == {".gitattributes", "README.md", "trajectory.zoo"}
-    assert len(files["trajectory.zoo"]) < 8000
+    assert len(files["trajectory.zoo"]) < 20_000
     torch.manual_seed(1)
     rebuilt, expected = weights(load_from_trajectory(TUNED)), weights(made.model)
     assert rebuilt.keys() == expected.keys()
@@ -204,6 +210,56 @@ def test_an_adapter_that_was_added_by_hand_cannot_be_made_again(hub, base, tuned
     assert all(torch.equal(rebuilt[name], weight) for name, weight in weights(made.model).items())
 
 
+def test_what_was_changed_in_the_configuration_goes_along(hub, base, tuned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE, hidden_act="relu")
+    model.config.rms_norm_eps = 1e-3
+    tuned(model).push_trajectory_to_hub(TUNED)
+    assert load_from_trajectory(TUNED).config.hidden_act == "relu"
+    assert load_from_trajectory(TUNED).config.rms_norm_eps == 1e-3
+    origin = Trajectory.open(tmp_path / "run/trajectory.zoo").header.origin
+    assert origin["config"] == {"hidden_act": "relu", "rms_norm_eps": 1e-3}
+
+
+def test_the_trainers_arguments_hold_for_a_trajectory_too(hub, base, tuned, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    arguments = {"hub_private_repo": True, "hub_token": f"{hub.token}\n", "optim": "sgd"}
+    made = tuned(zoo_hf.RNNForCausalLM(zoo_hf.RNNConfig(vocab_size=VOCABULARY)), seed=3, **arguments)
+    with pytest.raises(TrajectoryError, match="not those that the run started from"):
+        made.push_trajectory_to_hub(TUNED)  # nobody has set the seed
+    torch.manual_seed(3)
+    made = tuned(zoo_hf.RNNForCausalLM(zoo_hf.RNNConfig(vocab_size=VOCABULARY)), seed=3, **arguments)
+    made.push_trajectory_to_hub(TUNED)
+    api = HfApi(token=hub.token)
+    assert api.model_info(TUNED).private
+    api.create_branch(TUNED, branch="second")
+    made.args.hub_revision = "second"
+    made.push_trajectory_to_hub(TUNED, commit_message="Again")
+    assert (
+        'load_from_trajectory("tester/tuned", revision="second")' in hub.files(TUNED, "second")["README.md"].decode()
+    )
+
+
+def test_a_repository_with_weights_is_not_said_to_have_none(hub, base, tuned):
+    tiny_llama().push_to_hub(TUNED)
+    made = tuned(AutoModelForCausalLM.from_pretrained(BASE))
+    with pytest.raises(ValueError, match="tester/tuned has weights, beside which a trajectory would not be alone"):
+        made.push_trajectory_to_hub(TUNED)
+
+
+def test_a_hub_that_is_not_reached_is_not_one_without_a_trajectory(hub, impatient, base):
+    hub.die()
+    with pytest.raises(OSError, match="cannot find|connection|Connection") as error:
+        load_from_trajectory(TUNED)
+    assert not isinstance(error.value, TrajectoryError)
+
+
+def test_what_was_loaded_is_no_longer_what_it_was_made_from(hub, base, tuned):
+    tuned(from_base(BASE, adapter=LORA)).push_trajectory_to_hub(TUNED)
+    made = tuned(load_from_trajectory(TUNED))
+    with pytest.raises(TrajectoryError, match="does not say from what the run started"):
+        made.push_trajectory_to_hub("tester/twice")
+
+
 def test_what_a_trajectory_does_not_give_is_not_published(hub, base, tuned):
     made = tuned(AutoModelForCausalLM.from_pretrained(BASE))
     with torch.no_grad():
@@ -242,9 +298,11 @@ def test_an_adapter_that_starts_from_what_is_no_noise_is_refused(hub, base, adap
 
 def test_what_cannot_be_recorded_is_refused_before_the_training(hub, base):
     with pytest.raises(ValueError, match="recorded as JSON: Object of type set is not JSON"):
-        from_base(BASE, labels={"a", "b"})
+        from_base(BASE, pad_token_id={1, 2})
     with pytest.raises(ValueError, match=r"`seed` must be in \[0, 2\*\*32\), got -1"):
         from_base(BASE, seed=-1)
+    with pytest.raises(ValueError, match="The configuration of tester/base, LlamaConfig, has no `num_label`"):
+        from_base(BASE, num_label=3)
     with pytest.raises(ValueError, match="`auto` must be one of"):
         from_base(BASE, auto="AutoModelForMaskedLM")
 
