@@ -55,9 +55,13 @@ def hub_id(trainer: Trainer) -> str | None:
     return trainer.hub_model_id or trainer.args.hub_model_id
 
 
-def branch_of(trainer: Any) -> str:
-    """As an argument of what loads from a branch that is not the main one; empty for that one."""
-    branch = trainer.branch or (hub_id(trainer) and trainer.args.hub_revision)
+def branch_of(trainer: Any) -> str | None:
+    """The branch that was pushed to last, or is to be; None for the main one."""
+    return trainer.branch or (trainer.args.hub_revision if hub_id(trainer) else None)
+
+
+def at(branch: str | None) -> str:
+    """A branch as a further argument of what loads."""
     return f', revision="{branch}"' if branch else ""
 
 
@@ -67,10 +71,10 @@ def loading_code(trainer: Trainer) -> str:
     if library is None:
         return loading_code_of_a_module(trainer)
     auto = f"Auto{'Peft' if library == 'peft' else ''}Model{task_of(network)[1]}"
-    names, calls = [auto], [f'model = {auto}.from_pretrained("{place}"{branch_of(trainer)})']
+    names, calls = [auto], [f'model = {auto}.from_pretrained("{place}"{at(branch_of(trainer))})']
     if trainer.processing_class is not None:
         names.append("AutoTokenizer")
-        calls.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}"{branch_of(trainer)})')
+        calls.append(f'tokenizer = AutoTokenizer.from_pretrained("{place}"{at(branch_of(trainer))})')
     imports = [f"from transformers import {', '.join(names)}"]
     if library == "peft":
         imports = [f"from peft import {auto}", *(f"from transformers import {name}" for name in names[1:])]
@@ -84,7 +88,7 @@ def loading_code_of_a_module(trainer: Trainer) -> str:
     imports, weights = ["from safetensors.torch import load_model"], f'"{trainer.args.output_dir}/model.safetensors"'
     if hub_id(trainer):
         imports.insert(0, "from huggingface_hub import hf_hub_download")
-        weights = f'hf_hub_download("{hub_id(trainer)}", "model.safetensors"{branch_of(trainer)})'
+        weights = f'hf_hub_download("{hub_id(trainer)}", "model.safetensors"{at(branch_of(trainer))})'
     kind = type(bare_model(trainer)).__name__
     made = f"model = {kind}(...)  # a class of its own: take it from where it was trained"
     return "\n".join([*imports, "", made, f"load_model(model, {weights})"])
@@ -102,7 +106,7 @@ def replaying(trainer: Any, trajectory_of: str | None) -> dict[str, Any]:
     state, branch = trainer.state, branch_of(trainer)
     place, base = trajectory_of or repository_of(trainer), found.header.origin.get("base")
     remote = base and type(bare_model(trainer)).__module__.startswith("transformers_modules.")
-    options = [branch.replace(", revision=", "--revision ").replace('"', "")] if branch else []
+    options = [f"--revision {branch}"] if branch else []
     if trainer.args.load_best_model_at_end and state.best_global_step is not None:
         options.append(f"--upto {state.best_global_step}")
     if remote:
@@ -117,10 +121,10 @@ def replaying(trainer: Any, trajectory_of: str | None) -> dict[str, Any]:
     if trajectory_of is None:
         return facts
     trust = ", trust_remote_code=True" if remote else ""
-    lines = ["import zoo_hf", "", f'model = zoo_hf.load_from_trajectory("{place}"{branch}{trust})']
+    lines = ["import zoo_hf", "", f'model = zoo_hf.load_from_trajectory("{place}"{at(branch)}{trust})']
     if trainer.processing_class is not None:
         lines[1:1] = ["from transformers import AutoTokenizer"]
-        own = f'"{base}"' if base else f'"{place}"{branch}'
+        own = f'"{base}"' if base else f'"{place}"{at(branch)}'
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({own})")
     trained = sum(p.nbytes for p in unwrapped(trainer).parameters() if p.requires_grad)
     return facts | {"loading": "\n".join(lines), "weights_size": size(trained), "only": True}
