@@ -55,8 +55,8 @@ def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dic
 
 def with_table(page: str, name: str, shown: str) -> str:
     """The page with a table between the marks that bear its name, if it has them."""
-    before, after = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    before, after = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if before not in page:
         return page
     head, _, rest = page.partition(before)
-    return f"{head}{before}{shown}{after}{rest.partition(after)[2]}"
+    return f"{head}{before}{shown}\n{after}{rest.partition(after)[2]}"
