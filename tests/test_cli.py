@@ -78,6 +78,7 @@ def test_replay_saves_the_weights_of_the_run(trained, options, place, capsys, mo
         (["replay", "run", "again", "--upto", "9"], "`upto` must be between 0 and 4"),
         (["replay", "run", "again", "--model", "nothing"], "couldn't find them in the cached files"),
         (["replay", "run/model.safetensors", "again"], "this is no trajectory of zoo_hf"),
+        (["replay", "a/b/c", "again"], "a/b/c: there is no such file or folder"),
         (["replay", "start", "again"], "start: in this folder is no trajectory.zoo"),
         (["trajectory", "info", "run/nothing.zoo"], "No such file"),
     ],
