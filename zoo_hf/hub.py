@@ -36,7 +36,7 @@ def trajectory_of(place: str | Path, *, revision: str | None = None, token: str 
             raise TrajectoryError(f"{place}: in this folder is no {FILE_NAME}.")
     if path.exists() or path.suffix == Path(FILE_NAME).suffix:
         return Trajectory.open(path)
-    if path.is_absolute() or len(path.parts) != 2:
+    if path.is_absolute() or len(path.parts) > 2:
         raise TrajectoryError(f"{place}: there is no such file or folder, and no repository has such a name.")
     try:
         return Trajectory.open(hf_hub_download(str(place), FILE_NAME, revision=revision, token=token))

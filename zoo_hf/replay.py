@@ -231,7 +231,9 @@ def optimizer_of(header: Header, parameters: Mapping[str, Tensor], path: str) ->
     name = header.optimizer.rpartition(".")[2]
     kind = vars(torch.optim).get(name)
     if not isinstance(kind, type) or f"{kind.__module__}.{kind.__qualname__}" != header.optimizer:
-        raise TrajectoryError(f"{path}: the run used {header.optimizer}: pass `optimizer` to `zoo_hf.replay`, one of that kind.")
+        raise TrajectoryError(
+            f"{path}: the run used {header.optimizer}: pass `optimizer` to `zoo_hf.replay`, one of that kind."
+        )
     groups = [group | {"params": [parameters[name] for name in group["params"]]} for group in header.groups]
     try:
         made = kind(groups)
