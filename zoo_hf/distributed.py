@@ -54,17 +54,28 @@ class Ranks:
     def __init__(self, accelerator: Accelerator, timeout: float):
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.timeout = timeout
-        self.sent = torch.empty(0)  # to the others, at last
         self.bytes = 0  # given to the others since `take_bytes`
         self.longest = 0.0  # step so far, in seconds
         self.last: float | None = None  # when ranks last met; None: there may be much to wait for
         self.equal = 0  # steps after which the ranks' weights were last seen to be equal
+        self.device = accelerator.device
+        self.name = ""  # of the group in which they meet
+        self.group: Any = None
         if self.several:
-            # of its own: the losses are on the CPU, and what is late here should not wait for a GPU's collectives;
-            # under a name of its own, as processes that torchrun has restarted find the keys of those before
-            self.name = f"zoo_hf/{int(broadcast(torch.tensor([randbits(62)], device=accelerator.device)))}"
-            store = c10d.PrefixStore(self.name, connected())
-            self.group = c10d.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=timeout))
+            self._open()
+
+    def _open(self) -> None:
+        """A group of our own: the losses are on the CPU, and what is late should not wait for a GPU's collectives.
+
+        Its name is its own, too, as processes that torchrun has restarted find the keys of those before.
+        """
+        self.name = f"zoo_hf/{int(broadcast(torch.tensor([randbits(62)], device=self.device)))}"
+        store = c10d.PrefixStore(self.name, connected())
+        self.group = c10d.ProcessGroupGloo(store, self.rank, self.world_size, timedelta(seconds=self.timeout))
+
+    def close(self) -> None:
+        """End the group's threads while nothing is under way: at the end of the process they may not find Python."""
+        self.group, self.last = None, None
 
     @property
     def several(self) -> bool:
@@ -129,10 +140,11 @@ class Ranks:
         Raises:
             RankError: one has not come.
         """
+        if self.group is None:  # another run of the same trainer
+            self._open()
         self.bytes += numbers.nbytes
         patience = self.timeout if self.last is None else self.longest + PATIENCE
         begun, roll_call = time.monotonic(), RollCall(self.name, self.rank, self.world_size)
-        self.sent = numbers  # kept: a thread of gloo's that drops it last needs the interpreter, which may be ending
         options = c10d.AllreduceOptions()
         options.timeout = timedelta(seconds=patience)
         try:

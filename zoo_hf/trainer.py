@@ -123,9 +123,9 @@ class ZOOTrainerMixin(PushMixin):
         self._start = start_of(self, resume_from_checkpoint)
         with Signals() as self.signals:
             try:
-                return super().train(self._start.checkpoint, *args, **kwargs)
+                ended = super().train(self._start.checkpoint, *args, **kwargs)
             except Finished:
-                return self._finish()
+                ended = self._finish()
             except Interrupted:
                 if self.state.global_step > 0:
                     self._save_checkpoint(self.model_wrapped, trial=None)
@@ -133,6 +133,8 @@ class ZOOTrainerMixin(PushMixin):
                 raise
             finally:
                 self.recorder = Recorder()
+        self.ranks.close()
+        return ended
 
     def _finish(self) -> TrainOutput:
         """What is left of a run that has made all its steps: its best model, and the end that callbacks wait for."""

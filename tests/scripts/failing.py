@@ -79,3 +79,4 @@ def main(how: str, folder: str) -> None:
 if __name__ == "__main__":
     PartialState(cpu="--use_cpu" in sys.argv)
     main(sys.argv[1], sys.argv[2])
+    PartialState().destroy_process_group()  # whose threads may otherwise abort a process that ends, as torch warns
