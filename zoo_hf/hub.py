@@ -11,7 +11,7 @@ from torch import nn
 
 from .callbacks import PLOT_NAME
 from .cards import model_card
-from .origin import forget_origin, made_again
+from .origin import made_again
 from .procedure import unwrapped
 from .pushing import UNREACHED, WEIGHTS, pushing
 from .record import NOT_OF_CONTENT, TrajectoryError
@@ -71,9 +71,7 @@ def load_from_trajectory(
     """
     found = trajectory_of(place, revision=revision, token=token)
     start = starting_model(found, token=token, trust_remote_code=trust_remote_code) if model is None else model
-    tuned = replay(start.to(device), found, upto).eval()
-    forget_origin(tuned)
-    return tuned
+    return replay(start.to(device), found, upto).eval()
 
 
 def starting_model(found: Trajectory, *, token: str | None = None, trust_remote_code: bool = False) -> nn.Module:

@@ -19,6 +19,7 @@ TASKS = {
     "ForSequenceClassification": ("text-classification", "ForSequenceClassification", False),
     "ForTokenClassification": ("token-classification", "ForTokenClassification", False),
     "ForQuestionAnswering": ("question-answering", "ForQuestionAnswering", False),
+    "Model": (None, "", False),
 }
 OTHER_TASK = (None, "", False)
 

@@ -14,33 +14,15 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.utils import CONFIG_NAME
 
-from .loading import task_of
+from .loading import TASKS, task_of
 from .noise import PURPOSE_INITIAL, Blocks, Direction, words_of
 
 
-AUTO: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForQuestionAnswering,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-    )
-}
+AUTO: dict[str, Any] = {f"AutoModel{end}": vars(modeling_auto)[f"AutoModel{end}"] for _, end, _ in TASKS.values()}
 NOISE = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")  # parts of a LoRA layer that may start as noise
 PLAIN_STARTS = (True, False, "gaussian")  # of `init_lora_weights`: what depends on nothing but noise
 APART = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "use_cache")  # of no loss
@@ -164,7 +146,6 @@ def made_again(origin: dict[str, Any], *, token: str | None = None, trust_remote
         return {name: bound for name, bound in known.drawn.items() if name in new}
 
     model, _ = assembled(known, dtype, recorded, token=token, trust_remote_code=trust_remote_code)
-    vars(model)[KEPT] = known
     return model
 
 
@@ -262,27 +243,26 @@ def origin_of(model: nn.Module, seed: int) -> dict[str, Any]:
     """
     if KEPT in vars(model):
         return asdict(with_changes(vars(model)[KEPT], model))
-    auto = f"AutoModel{task_of(model)[1]}"
-    if not isinstance(model, PreTrainedModel) or auto not in AUTO:
+    if not isinstance(model, PreTrainedModel) or not type(model).__name__.endswith(tuple(TASKS)):
         return {}
+    auto = f"AutoModel{task_of(model)[1]}"
     config, dtype = model.config, str(model.dtype).removeprefix("torch.")
     if config._name_or_path:
         commit = commit_of(config._name_or_path)
         found = None if commit is None else Origin(auto, {}, dtype, seed, config._name_or_path, commit)
         return {} if found is None else asdict(with_changes(found, model))
-    return asdict(Origin(auto, json.loads(json.dumps(config.to_diff_dict())), dtype, seed))
+    return asdict(Origin(auto, as_json(config.to_diff_dict()), dtype, seed))
 
 
 def with_changes(origin: Origin, model: Any) -> Origin:
     """An origin with all in which a model's configuration differs from its base's."""
     config = (model.get_base_model() if origin.adapter is not None else model).config
-    before = type(config).from_pretrained(origin.base, revision=origin.revision, local_files_only=True).to_dict()
-    now = json.loads(json.dumps(config.to_dict()))
-    before = json.loads(json.dumps(before))
+    base = type(config).from_pretrained(origin.base, revision=origin.revision, local_files_only=True)
+    now, before = as_json(config.to_dict()), as_json(base.to_dict())
     changed = {name: value for name, value in now.items() if name not in APART and before.get(name) != value}
     return replace(origin, config=changed | origin.config)
 
 
-def forget_origin(model: nn.Module) -> None:
-    """A model that was trained is no longer what it was made from."""
-    vars(model).pop(KEPT, None)
+def as_json(fields_of_config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back; text stands for what JSON has no word for, as nothing may stop a run."""
+    return json.loads(json.dumps(fields_of_config, default=str))

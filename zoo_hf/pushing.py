@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,13 +164,12 @@ class PushMixin(Base):
             super()._push_from_checkpoint(checkpoint_folder)
         finally:
             self.args.output_dir = folder
-        jobs = [job for job in self._jobs() if job not in before]
-        watch(jobs, *pushed_to)
-        removed = partial(shutil.rmtree, staged, ignore_errors=True)
-        if jobs:
-            jobs[0].add_done_callback(lambda _: removed())  # that of the model; the other is of the checkpoint itself
-        else:
-            removed()
+            jobs = [job for job in self._jobs() if job not in before]
+            watch(jobs, *pushed_to)
+            if jobs:  # the first is of the copy, and the other of the checkpoint itself
+                jobs[0].add_done_callback(lambda _: shutil.rmtree(staged, ignore_errors=True))
+            else:
+                shutil.rmtree(staged)
 
     def _jobs(self) -> list[Any]:
         """Pushes in the background, which only the first process has."""

@@ -11,11 +11,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
 from small_models import dnc, mamba2, rnn, rwkv7
 from test_trainer import tiny_llama
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import zoo_hf
 from zoo_hf import Trajectory, TrajectoryError, cli, from_base, load_from_trajectory
-from zoo_hf.origin import Origin, made_again, uniform
+from zoo_hf.origin import Origin, made_again, origin_of, uniform
 
 
 BASE, TUNED = "tester/base", "tester/tuned"
@@ -237,6 +237,20 @@ def test_the_trainers_arguments_hold_for_a_trajectory_too(hub, base, tuned, monk
     assert (
         'load_from_trajectory("tester/tuned", revision="second")' in hub.files(TUNED, "second")["README.md"].decode()
     )
+
+
+def test_a_configuration_that_json_has_no_word_for_does_not_stop_a_run(hub, base, tuned, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    model.config.compute_dtype = {"torch": torch.bfloat16, "names": {"a"}}
+    tuned(model)
+    origin = Trajectory.open(tmp_path / "run/trajectory.zoo").header.origin
+    assert origin["config"]["compute_dtype"]["names"] == "{'a'}"
+
+
+def test_a_class_that_no_known_auto_class_makes_has_no_origin():
+    model = BertForMaskedLM(BertConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_attention_heads=1))
+    assert origin_of(model, 0) == {}
+    assert origin_of(model.bert, 0)["auto"] == "AutoModel"
 
 
 def test_a_repository_with_weights_is_not_said_to_have_none(hub, base, tuned):
