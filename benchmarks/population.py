@@ -244,7 +244,7 @@ def fit(rows: list[dict]) -> dict[str, float]:
         for way in ("population", "population, low rank"):
             members = CentralDifference(1e-3).members([Direction(0, 0, i) for i in range(row["members"] // 2)])
             weights = member_weights(steps.parameters, members, 1e-3, steps.kinds[way])
-            run = partial(evaluate, steps.loss, steps.model, steps.parameters, weights)
+            run = partial(evaluate, steps.loss, steps.model, weights)
             (seconds,) = interleaved({"": run}, 5).values()
             done = work(run)
             left.append([v / statistics.median(seconds) for v in (0, done.operations, done.bytes, done.flops)])

@@ -448,8 +448,8 @@ def test_what_a_population_should_hold_is_foreseen_also_for_as_many_members_as_w
     with caplog.at_level(logging.INFO, logger="zoo_hf"), torch.inference_mode():
         probes, _ = of_probes("population", model, loss_of(model, short), batch=short, members_per_forward=8)
         held = member_weights(trained(model), MEMBERS, RADIUS, "rademacher")
-        peak = work(lambda: evaluate(loss_of(model, long), model, trained(model), held)).peak
-    expected = peak + 1.5 * sum(value.nbytes for value in held.values())  # noise is half of the weights
+        peak = work(lambda: evaluate(loss_of(model, long), model, held)).peak
+    expected = peak + 1.5 * sum(value.nbytes for (value,) in held.own.values())  # noise is half of the weights
     assert probes.predicted.keys() == {probes.key(long)}
     assert expected <= 1e6 * probes.predicted[probes.key(long)] <= 2 * expected
     (record,) = caplog.records
@@ -608,9 +608,9 @@ def test_what_was_measured_on_a_shorter_batch_holds_for_the_longest_of_its_key(f
         members = probes.chosen[probes.key(long)]
         held = member_weights(trained(model), MANY[:members], RADIUS, "rademacher")
         alone = work(loss_of(model, long)).peak
-        peak = work(lambda: evaluate(loss_of(model, long), model, trained(model), held)).peak
+        peak = work(lambda: evaluate(loss_of(model, long), model, held)).peak
     assert 1 < members < len(MANY)
-    assert peak + 1.5 * sum(value.nbytes for value in held.values()) <= room + alone
+    assert peak + 1.5 * sum(value.nbytes for (value,) in held.own.values()) <= room + alone
 
 
 def test_ranks_choose_by_the_same_number_of_members():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .displaced import DisplacedMatrix
+from .displaced import Displaced, autocast_dtype
 
 
 class LikeAutocast(TorchFunctionMode):
@@ -45,19 +45,12 @@ def cast(tree: Any, dtype: torch.dtype | None) -> Any:
     """Under autocast the tensors in another dtype, None for autocast's own; a displaced matrix casts its products."""
 
     def one(value: Any) -> Any:
-        if not isinstance(value, Tensor) or isinstance(value, DisplacedMatrix) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or isinstance(value, Displaced) or not value.is_floating_point():
             return value
         own = autocast_dtype(value)
         return value if own is None else value.to(dtype or own)
 
     return tree_map(one, tree)
-
-
-def autocast_dtype(of: Tensor) -> torch.dtype | None:
-    """What autocast computes products in on a tensor's device; None while it is off, and for doubles."""
-    device = of.device.type
-    on = torch.is_autocast_enabled(device) and of.dtype is not torch.float64
-    return torch.get_autocast_dtype(device) if on else None
 
 
 PRODUCTS = (

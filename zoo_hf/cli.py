@@ -14,13 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from .callbacks import plot_trajectory
 from .hub import load_from_trajectory, trajectory_of
+from .kernels.choice import BackendError
+from .models.choices import choices
 from .procedure import hardware, versions
 from .pushing import UNREACHED
 from .record import TrajectoryError
 from .trajectory import FILE_NAME, Trajectory
 
 
-MISTAKES: tuple[type[BaseException], ...] = (TrajectoryError, OSError, HFValidationError, *UNREACHED)
+MISTAKES: tuple[type[BaseException], ...] = (BackendError, TrajectoryError, OSError, HFValidationError, *UNREACHED)
 SETTINGS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "HF_HUB_OFFLINE")
 
 
@@ -123,6 +125,7 @@ def environment() -> dict[str, str]:
         "CUDA": torch.version.cuda or "not in this build of torch",
         "hardware": hardware(),
         "cores": str(os.cpu_count()),
+        **{f"kernels of {name}": choice for name, choice in choices().items()},
         "threads": f"{torch.get_num_threads()}, between operations {torch.get_num_interop_threads()}",
         **{name: os.environ[name] for name in SETTINGS if name in os.environ},
     }

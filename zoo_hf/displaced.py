@@ -1,4 +1,4 @@
-"""A matrix that stands for W + A Bᵀ: layers multiply by it without making it."""
+"""Weights that stand for displaced ones: layers multiply by them without making them. Here the low-rank, W + A Bᵀ."""
 
 import math
 from collections.abc import Callable
@@ -8,17 +8,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.displace import one_pass
+from .kernels.head_loss import IGNORED, token_losses
 
-class DisplacedMatrix(torch.Tensor):
-    """A weight that stands for W + A Bᵀ: layers that multiply by it never make it, everything else does.
+
+class Displaced(torch.Tensor):
+    """A weight that stands for a displaced one, which layers multiply by without making it; everything else makes it.
+
+    Attributes:
+        base: W, shared by all members.
+        layers: function that multiplies by a weight → what does so in its place.
+    """
+
+    base: Tensor
+    layers: dict[Any, Callable[..., Tensor]]
+
+    def made(self) -> Tensor:
+        """The displaced weight itself, (P, …) under vmap."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in cls.layers:
+                return cls.layers[func](*args, **kwargs)
+            convert = plain if func in READ else dense
+            return func(*torch.utils._pytree.tree_map(convert, args), **torch.utils._pytree.tree_map(convert, kwargs))
+
+
+class DisplacedMatrix(Displaced):
+    """A weight that stands for W + A Bᵀ.
 
     Args:
-        base: W, shared by all members.
+        base: W.
         left: A, (R, r), of one member; stacked by vmap.
         right: B, (C, r).
     """
 
-    base: Tensor
     left: Tensor
     right: Tensor
 
@@ -28,25 +55,18 @@ class DisplacedMatrix(torch.Tensor):
         matrix.base, matrix.left, matrix.right = base.detach(), left, right
         return matrix
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
-            if func in MULTIPLY:
-                return MULTIPLY[func](*args, **kwargs)
-            convert = plain if func in READ else dense
-            return func(*torch.utils._pytree.tree_map(convert, args), **torch.utils._pytree.tree_map(convert, kwargs))
+    def made(self) -> Tensor:
+        """W + A Bᵀ."""
+        return self.base + (self.left @ self.right.mT).view(self.base.shape)
 
 
 def plain(value: Any) -> Any:
-    return value.base if isinstance(value, DisplacedMatrix) else value
+    return value.base if isinstance(value, Displaced) else value
 
 
 def dense(value: Any) -> Any:
-    """W + A Bᵀ itself, (P, …) under vmap, where something else than a layer asks for the weight."""
-    if not isinstance(value, DisplacedMatrix):
-        return value
-    return value.base + (value.left @ value.right.mT).view(value.base.shape)
+    """The weight itself, where something else than a layer asks for it."""
+    return value.made() if isinstance(value, Displaced) else value
 
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
@@ -54,6 +74,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
     input, bias = dense(input), dense(bias)
     if not isinstance(weight, DisplacedMatrix):  # it is multiplied by another weight
         return F.linear(input, weight, bias)
+    if one_pass(weight.base):
+        return torch.ops.zoo_hf.low_rank_linear(input, weight.base, bias, weight.left, weight.right)
     return multiplied(input, weight.base, bias, weight.left, weight.right)
 
 
@@ -92,8 +114,24 @@ def embedding(
     return found + F.embedding(input, weight.left) @ weight.right.mT
 
 
+def losses(hidden: Tensor, weight: Any, bias: Any, targets: Tensor, **names: Any) -> Tensor:
+    """Of a head's logits, which are few beside a population's hidden states where its vocabulary is small."""
+    own = autocast_dtype(hidden)
+    hidden, bias = (value if own is None or value is None else value.to(own) for value in (hidden, dense(bias)))
+    logits = linear(hidden, weight, bias).flatten(0, -2)  # (K, V)
+    found = F.cross_entropy(logits.float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return found.view(targets.shape)
+
+
+def autocast_dtype(of: Tensor) -> torch.dtype | None:
+    """What autocast computes products in on a tensor's device; None while it is off, and for doubles."""
+    device = of.device.type
+    on = torch.is_autocast_enabled(device) and of.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if on else None
+
+
 RENORMED = "{} makes an embedding write its weight, which members of a population share: set `max_norm=None`"
-MULTIPLY: dict[Any, Callable[..., Tensor]] = {F.linear: linear, torch.addmm: addmm, F.embedding: embedding}
+DisplacedMatrix.layers = {F.linear: linear, torch.addmm: addmm, F.embedding: embedding, token_losses: losses}
 PROPERTIES = ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_sparse", "is_cuda", "is_quantized")
 READ = {  # what asks about a weight and not for it
     *(vars(torch.Tensor).get(name, vars(torch._C.TensorBase).get(name)).__get__ for name in PROPERTIES),

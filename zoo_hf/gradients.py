@@ -3,6 +3,7 @@
 Letters: m directions whose coefficient is a number, R rows and C columns of a matrix, r the rank.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .estimators import Estimate
-from .low_rank import Kind, LowRank, factor_bytes, full, is_low_rank, parts_of
-from .noise import CHUNK, Blocks, Direction, blocks_held, packed_noise, spans, unpacked
+from .kernels.displace import one_pass
+from .low_rank import Kind, LowRank, entries_of, factor_bytes, full, is_low_rank, parts_of
+from .noise import CHUNK, Direction, spans, unpacked
 from .perturbation import Parameters, by_device
 
 
@@ -27,6 +29,19 @@ class Used(NamedTuple):
     coefficients: tuple[float, ...]
 
 
+@functools.lru_cache(maxsize=4)  # of a step, for all its parameters
+def names_on(used: Used, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Seed, step and index of the directions, (m, 3) int64, and their coefficients, (m,) float32."""
+    names = torch.tensor(used.directions, dtype=torch.int64, device=device)
+    return names, torch.tensor(used.coefficients, dtype=torch.float32, device=device)
+
+
+def used_by(estimate: Estimate) -> Used:
+    pairs = zip(estimate.directions, estimate.coefficients.tolist(), strict=True)
+    directions, coefficients = zip(*((d, c) for d, c in pairs if not math.isnan(c)), strict=True)
+    return Used(estimate.distribution, directions, coefficients)
+
+
 def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
     """ĝ = 1/m Σᵢ cᵢ zᵢ for one parameter, in its shape and dtype, in one pass over the estimate's m used directions.
 
@@ -36,21 +51,26 @@ def gradient(estimate: Estimate, name: str, parameter: Tensor) -> Tensor:
 
 
 def gradients(estimate: Estimate, parameters: Parameters) -> dict[str, Tensor]:
-    """`gradient` of every parameter; small ones share calls, as theirs cost calls and not arithmetic."""
-    pairs = zip(estimate.directions, estimate.coefficients.tolist(), strict=True)
-    directions, coefficients = zip(*((d, c) for d, c in pairs if not math.isnan(c)), strict=True)
-    used, m = Used(estimate.distribution, directions, coefficients), len(directions)
+    """`gradient` of every parameter."""
+    sums = wide_gradients(used_by(estimate), parameters)
+    return {name: sums[name].to(p.dtype).view_as(p) for name, p in parameters.items()}
+
+
+def wide_gradients(used: Used, parameters: Parameters) -> dict[str, Tensor]:
+    """ĝ of every parameter, flat, in float32 at least; small ones share calls, as theirs cost calls alone."""
+    m = len(used.directions)
     block = full(used.kind).entries_per_block  # of which a parameter has whole ones
     found: dict[str, Tensor] = {}
     for here in by_device(parameters).values():
         matrices = {name: p for name, p in here.items() if is_low_rank(used.kind, name)}
-        small = {name: p for name, p in here.items() if name not in matrices and m * p.numel() <= CHUNK}
+        whole = {name: p for name, p in here.items() if name not in matrices}
+        small = {name: p for name, p in whole.items() if m * p.numel() <= CHUNK and not one_pass(p)}
         for group in together(matrices, lambda p: m * factor_bytes(used.kind, p.shape), FACTOR_BYTES):
             found |= low_rank_sums(used, group)
         for group in together(small, lambda p: m * max(p.numel(), block), CHUNK):
             found |= small_sums(used, group)
         found |= {name: full_sum(used, name, p) for name, p in here.items() if name not in found}
-    return {name: found[name].div_(m).to(p.dtype).view_as(p) for name, p in parameters.items()}
+    return {name: total.view(-1).div_(m) for name, total in found.items()}
 
 
 def together(parameters: Parameters, size: Callable[[Tensor], int], room: int) -> Iterator[Parameters]:
@@ -68,19 +88,10 @@ def together(parameters: Parameters, size: Callable[[Tensor], int], room: int) -
 
 
 def full_sum(used: Used, name: str, parameter: Tensor) -> Tensor:
-    """Σᵢ cᵢ zᵢ, flat: direction after direction, chunk by chunk."""
-    distribution = full(used.kind)
-    size, length = distribution.entries_per_block, distribution.packed_per_block
-    total = torch.zeros(parameter.numel(), dtype=wide(parameter), device=parameter.device)
-    for a, b in spans(-(-parameter.numel() // size), blocks_held(distribution, len(used.directions))):
-        (packed,) = packed_noise(distribution, used.directions, [Blocks(name, a, b)], parameter.device)  # (m, …)
-        for first, last in spans(b - a, CHUNK // size):
-            part = total[(a + first) * size : (a + last) * size]
-            noise = torch.empty((last - first) * size, dtype=total.dtype, device=parameter.device)
-            for row, coefficient in zip(packed, used.coefficients, strict=True):
-                distribution.unpack_(noise, row[first * length : last * length], coefficient)
-                part += noise[: len(part)]
-    return total
+    """Σᵢ cᵢ zᵢ, flat."""
+    names, coefficients = names_on(used, parameter.device)
+    like = name, parameter.numel(), entries_of(used.kind), wide(parameter)
+    return torch.ops.zoo_hf.weighted_sum(names, coefficients, *like)
 
 
 def small_sums(used: Used, parameters: Parameters) -> dict[str, Tensor]:

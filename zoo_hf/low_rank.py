@@ -74,9 +74,14 @@ class LowRank:
 Kind = str | LowRank  # of directions: the name of a distribution of all entries, or low-rank
 
 
+def entries_of(kind: Kind) -> str:
+    """The name of the distribution of the entries of parameters with full directions."""
+    return kind.entries if isinstance(kind, LowRank) else kind
+
+
 def full(kind: Kind) -> Distribution:
     """How the entries of parameters with full directions are distributed."""
-    return kind.distribution if isinstance(kind, LowRank) else DISTRIBUTIONS[kind]
+    return DISTRIBUTIONS[entries_of(kind)]
 
 
 def is_low_rank(kind: Kind, name: str) -> bool:

@@ -92,6 +92,16 @@ def of_a_recurrent_layer(inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return 2 * inputs[0].shape[:2].numel() * weights
 
 
+def of_a_scan(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Of ours: every pre-activation (…, G·D) is a row of R times h, (…, D)."""
+    return 2 * inputs[0].numel() * outputs[0].shape[-1]
+
+
+def of_a_head(inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Of ours: hidden states (…, D) meet every row of (…, V, D)."""
+    return 2 * inputs[0].numel() * inputs[1].shape[-2]
+
+
 PRODUCTS: dict[Any, Callable[[list[Tensor], list[Tensor]], int]] = {
     # the first of these are left whole in inference mode alone
     torch.ops.aten.linear: of_a_linear_layer,
@@ -99,6 +109,10 @@ PRODUCTS: dict[Any, Callable[[list[Tensor], list[Tensor]], int]] = {
     torch.ops.aten.lstm: of_a_recurrent_layer,
     torch.ops.aten.gru: of_a_recurrent_layer,
     torch.ops.aten.rnn_tanh: of_a_recurrent_layer,
+    torch.ops.zoo_hf.perturbed_linear_population: of_a_linear_layer,
+    torch.ops.zoo_hf.low_rank_linear_population: of_a_linear_layer,
+    torch.ops.zoo_hf.recurrent_scan_population: of_a_scan,
+    torch.ops.zoo_hf.head_loss_population: of_a_head,
     torch.ops.aten.mm: of_a_product,
     torch.ops.aten.bmm: of_a_product,
     torch.ops.aten.addmm: of_a_product,

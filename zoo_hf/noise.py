@@ -22,7 +22,8 @@ from .philox import philox4x32, philox_words
 
 
 # what a stream is for; no two purposes share a counter
-PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_DROPOUT, PURPOSE_INITIAL, PURPOSE_BATCH = 0, 1, 2, 4, 5, 6
+PURPOSE_ENTRIES, PURPOSE_LEFT, PURPOSE_RIGHT, PURPOSE_ROUNDING = 0, 1, 2, 3
+PURPOSE_DROPOUT, PURPOSE_INITIAL, PURPOSE_BATCH = 4, 5, 6
 
 # what is made at once: much to save calls, little to stay in the cache and in the memory of inference
 BLOCK_BYTES = 16  # packed, of every distribution

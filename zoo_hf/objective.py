@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -102,6 +103,8 @@ def objective_of(
         parts = iter(split(inputs, members, args.num_directions, count=count, total=total))
         num_items_in_batch = None  # a share's loss is its own mean: not all models that take the number heed it
 
+    only_the_loss = {"skip_logits": True} if skips_logits(trainer) else {}
+
     def objective() -> Tensor:
         trainer.signals.check()
         batch, weight = next(parts)
@@ -109,11 +112,16 @@ def objective_of(
             return torch.zeros((), device=args.device)
         # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
         with masks(), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)
+            loss = trainer.compute_loss(model, {**batch, **only_the_loss}, num_items_in_batch=num_items_in_batch)
         after()
         return loss if weight == 1.0 else loss * weight
 
     return objective
+
+
+def skips_logits(trainer: Any) -> bool:
+    """Whether the model can leave out its logits, and nobody looks at them."""
+    return not has_own_loss(trainer) and "skip_logits" in inspect.signature(bare_model(trainer).forward).parameters
 
 
 def items_of(
@@ -148,9 +156,14 @@ def may_be_a_population(trainer: Any) -> bool:
     A trainer's own `compute_loss`, a `compute_loss_func`, and hooks, which may come and go from step to step, may keep
     what they see; compiled code would be compiled anew; and members of a population have one batch.
     """
-    args, own = trainer.args, type(trainer).compute_loss is not Trainer.compute_loss
+    args = trainer.args
     hooks = any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
-    return not (own or trainer.compute_loss_func or hooks or args.torch_compile or args.data == "split")
+    return not (has_own_loss(trainer) or hooks or args.torch_compile or args.data == "split")
+
+
+def has_own_loss(trainer: Any) -> bool:
+    """Whether the loss is another than that of the model, or looks at more of its outputs."""
+    return type(trainer).compute_loss is not Trainer.compute_loss or trainer.compute_loss_func is not None
 
 
 def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:

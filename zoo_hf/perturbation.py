@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .low_rank import Kind, LowRank, factor_bytes, full, is_low_rank
+from .kernels.displace import one_pass
+from .low_rank import Kind, LowRank, entries_of, factor_bytes, full, is_low_rank
 from .noise import CHUNK, PACKED_BYTES, Blocks, Direction, packed_noise, spans
 
 
@@ -104,10 +105,10 @@ class Piece(NamedTuple):
 class Displacement:
     """Writes θ + s z into the weights, for one direction after another.
 
-    Weights are written in groups of pieces whose noise is unpacked in one call, and matrices with low-rank directions
-    by themselves. Packed noise and factors of the next few directions are held, as many as fit into 1 MiB or a
-    twentieth of the weights, so that the two members of a pair share them; where not even one fits, they are made
-    again.
+    On a GPU a parameter is written in one pass, its noise made on the way. Elsewhere weights are written in groups of
+    pieces whose noise is unpacked in one call. Matrices with low-rank directions are written by themselves. Packed
+    noise and factors of the next few directions are held, as many as fit into 1 MiB or a twentieth of the weights, so
+    that the two members of a pair share them; where not even one fits, they are made again.
 
     Args:
         parameters: name → weight, contiguous, to be written.
@@ -118,7 +119,9 @@ class Displacement:
     def __init__(self, parameters: Parameters, saved: Parameters, kind: Kind, directions: Sequence[Direction]):
         self.kind, self.distribution, self.saved = kind, full(kind), saved
         self.matrices = {name: p for name, p in parameters.items() if is_low_rank(kind, name)}
-        self.others = {name: p for name, p in parameters.items() if name not in self.matrices}
+        whole = {name: p for name, p in parameters.items() if name not in self.matrices}
+        self.at_once = {name: p for name, p in whole.items() if one_pass(p)}
+        self.others = {name: p for name, p in whole.items() if name not in self.at_once}
         self.groups = list(_groups(self.others, saved))
         self.order = list(dict.fromkeys(directions))
         room = max(PACKED_BYTES, HELD_SHARE * sum(p.numel() * p.element_size() for p in saved.values()))
@@ -142,6 +145,9 @@ class Displacement:
             at = self.order.index(direction)
             self._hold(self.order[at : at + self.capacity])
         self._write_matrices_(direction, scale)
+        for name, parameter in self.at_once.items():
+            flat, saved = parameter.view(-1), self.saved[name].view(-1)
+            torch.ops.zoo_hf.displace_(flat, saved, list(direction), name, 0, scale, entries_of(self.kind))
         for number, group in enumerate(self.groups):
             noise, place = self._noise(number, direction, scale), 0
             for weights, saved, _, _ in group:

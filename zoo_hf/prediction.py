@@ -8,17 +8,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from .low_rank import Kind, factor_bytes, is_low_rank
 from .meter import Work, tensors, work
 from .perturbation import Member, Objective, Parameters
-from .population import evaluate, member_weights
+from .population import evaluate, forms_of_names, member_weights
 
 
 FEW = 12  # members of a step; with fewer a population may not make up for its own beginning
-LARGE = 3e9  # weights times numbers in a batch: 50 ms of arithmetic on two cores, beside which all else is little
 ADDED_BYTES = 64_000_000  # that a population may add to the memory of inference, or the weights' size if that is more
+ADDED_SHARE = 1 / 8  # of a GPU's memory that it may add there
 
 
 class Asked(NamedTuple):
@@ -59,12 +60,13 @@ def work_of_two(asked: Asked, *, loops: bool) -> tuple[Work, int]:
         loops: whether operations without a rule for vmap may run member by member, which does not pay.
     """
     members = [*asked.members, *asked.members][:2]  # a process may have one of a step's members
-    weights = member_weights(asked.parameters, members, asked.smoothing_radius, asked.kind)
+    forms = forms_of_names(asked.model, asked.parameters, members, asked.smoothing_radius, asked.kind)
+    weights = member_weights(asked.parameters, members, asked.smoothing_radius, asked.kind, forms)
     with warnings.catch_warnings():
         if not loops:
             warnings.filterwarnings("error", message=".*batching rule")
-        two = work(lambda: evaluate(asked.objective, asked.model, asked.parameters, weights))
-    return two, sum(tensor.nbytes for tensor in tensors(weights))
+        two = work(lambda: evaluate(asked.objective, asked.model, weights))
+    return two, sum(tensor.nbytes for tensor in tensors(weights.own))
 
 
 def beside(asked: Asked) -> float:
@@ -111,13 +113,13 @@ def work_alone(asked: Asked, one: Work, larger: Growth) -> Work:
 def may_be_worth(asked: Asked, total: int, batch: Mapping[str, Any]) -> bool:
     """Whether a population may pay, before anything was run."""
     numbers = sum(math.prod(shape) for _, shape in largest(batch))
-    small = numbers * sum(p.numel() for p in asked.parameters.values()) <= LARGE
-    return total >= FEW and small and 2 * least_bytes(asked.parameters, asked.kind) <= room(asked.model)
+    small = numbers * sum(p.numel() for p in asked.parameters.values()) <= rates_of(asked).large
+    return total >= FEW and small and 2 * least_bytes(asked) <= room(asked.model)
 
 
 def may_pay(asked: Asked, one: Work, larger: Growth) -> bool:
     """Whether two members fit, and starting operations, which they can share, is a third of a forward pass or more."""
-    if 2 * least_bytes(asked.parameters, asked.kind) + larger.quadratic * one.peak > room(asked.model):
+    if 2 * least_bytes(asked) + larger.quadratic * one.peak > room(asked.model):
         return False
     done, rates = work_alone(asked, one, larger), rates_of(asked)
     return 2 * done.operations * rates.operation >= done.bytes * rates.byte + done.flops * rates.flop
@@ -125,7 +127,9 @@ def may_pay(asked: Asked, one: Work, larger: Growth) -> bool:
 
 def room(model: nn.Module) -> int:
     """Bytes that a population may add to the memory of inference."""
-    return max(ADDED_BYTES, sum(p.nbytes for p in model.parameters()))
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    on_gpus = [torch.cuda.get_device_properties(device).total_memory * ADDED_SHARE for device in devices]
+    return max(ADDED_BYTES, sum(p.nbytes for p in model.parameters()), *map(int, on_gpus))
 
 
 def even(total: int, most: int) -> int:
@@ -133,9 +137,12 @@ def even(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / max(1, min(most, total))))
 
 
-def least_bytes(parameters: Parameters, kind: Kind) -> int:
-    """What a member's weights, or their displacements' factors, take at least."""
-    return sum(factor_bytes(kind, p.shape) if is_low_rank(kind, name) else p.nbytes for name, p in parameters.items())
+def least_bytes(asked: Asked) -> int:
+    """What a member's weights, or what their displacements are made of, take at least."""
+    named = forms_of_names(asked.model, asked.parameters, asked.members, asked.smoothing_radius, asked.kind)
+    whole = [p for name, p in asked.parameters.items() if name not in named and not is_low_rank(asked.kind, name)]
+    matrices = [p for name, p in asked.parameters.items() if is_low_rank(asked.kind, name)]
+    return sum(p.nbytes for p in whole) + sum(factor_bytes(asked.kind, p.shape) for p in matrices)
 
 
 class Rates(NamedTuple):
@@ -146,16 +153,18 @@ class Rates(NamedTuple):
         member_operation: for each operation of a population, which goes through vmap.
         byte: for each byte read or written.
         flop: for each floating-point operation of a matrix product.
+        large: weights times numbers in a batch whose arithmetic takes so long that all else is little beside it.
     """
 
     operation: float
     member_operation: float
     byte: float
     flop: float
+    large: float
 
 
 # fitted by benchmarks/population.py on two cores of an AMD EPYC; those of a GPU are not measured
-RATES = {"cpu": Rates(6.7e-6, 8.3e-6, 5.4e-11, 1.5e-11), "cuda": Rates(6e-6, 2e-5, 1e-12, 5e-14)}
+RATES = {"cpu": Rates(6.7e-6, 8.3e-6, 5.4e-11, 1.5e-11, 3e9), "cuda": Rates(6e-6, 2e-5, 1e-12, 5e-14, 1e12)}
 
 
 def rates_of(asked: Asked) -> Rates:

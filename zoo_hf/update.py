@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .descent import descend_, in_one_pass
 from .estimators import Estimate
 from .gradients import gradients, together
 from .noise import CHUNK, check_names
+from .perturbation import Parameters
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ class Update(torch.optim.Optimizer):
     """Runs an optimizer's step one parameter at a time, on the estimate that it holds.
 
     For each parameter: make ĝ, set `.grad`, step, drop it. Neighbouring small parameters share a call, so that ĝ
-    never takes more memory than the largest parameter, or 2 MiB. Everything else is the optimizer's own.
+    never takes more memory than the largest parameter, or 2 MiB. Everything else is the optimizer's own. SGD's step
+    on bfloat16 weights, and on a GPU, is made by `descent`: without `.grad`, and rounded stochastically to bfloat16.
 
     Args:
         optimizer: any torch optimizer that works from `.grad`.
@@ -73,7 +76,8 @@ class Update(torch.optim.Optimizer):
 
     def clip_(self, max_norm: float) -> Tensor:
         """Norm of ĝ, a float64 scalar; the next step uses ĝ · min(1, max_norm / norm). Costs a pass over z."""
-        norms = [torch.linalg.vector_norm(g).cpu().double() for bucket in self._gradients() for g in bucket.values()]
+        buckets = self._gradients(self.parameters)
+        norms = [torch.linalg.vector_norm(g).cpu().double() for bucket in buckets for g in bucket.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         self.clip = min(1.0, max_norm / (norm.item() + 1e-6))
         return norm
@@ -82,7 +86,10 @@ class Update(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no loss to return
         """Apply the held estimate and drop it."""
         assert closure is None, "An estimate is applied, and no loss evaluated again."
-        for bucket in self._gradients():
+        assert self.estimate is not None, "`hold` an estimate before `step`."
+        at_once = {name: p for name, p in self.parameters.items() if in_one_pass(self.optimizer, p)}
+        descend_(self.optimizer, at_once, self.estimate, self.clip)
+        for bucket in self._gradients({name: p for name, p in self.parameters.items() if name not in at_once}):
             for name in bucket:
                 self.parameters[name].grad = bucket[name] if self.clip == 1.0 else bucket[name].mul_(self.clip)
             self.optimizer.step()
@@ -91,13 +98,13 @@ class Update(torch.optim.Optimizer):
             bucket.clear()  # before the next are made
         self.estimate = None
 
-    def _gradients(self) -> Iterator[dict[str, Tensor]]:
+    def _gradients(self, parameters: Parameters) -> Iterator[dict[str, Tensor]]:
         """ĝ of neighbouring parameters, which together are no larger than the largest one, or small."""
         assert self.estimate is not None, "`hold` an estimate before `step`."
-        numels = [p.numel() for p in self.parameters.values()]
+        numels = [p.numel() for p in parameters.values()]
         separate = f"{type(self.optimizer).__module__}.".startswith(SEPARATE)
-        room = max(CHUNK, *numels) if separate else sum(numels)
-        for bucket in together(self.parameters, Tensor.numel, room):
+        room = max([CHUNK, *numels]) if separate else sum(numels)
+        for bucket in together(parameters, Tensor.numel, room):
             yield gradients(self.estimate, bucket)
 
     # accelerate and the schedulers replace these lists and dicts, so they are looked up, never kept

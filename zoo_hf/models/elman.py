@@ -1,4 +1,4 @@
-"""The simple recurrent layer of Elman: the plain scan, torch's fused kernel, and the choice between them.
+"""The simple recurrent layer of Elman: the plain scan, torch's fused kernel, and the choice between them and others.
 
     h ← tanh(W_in x + R h + b)
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import chosen, preferred
 from .heads import merge_heads, split_heads, split_state
 from .padding import put_back, to_front
 from .recurrent_layer import LayerWeights, RecurrentLayer
@@ -31,12 +32,17 @@ class Elman(RecurrentLayer):
 
 
 def elman(inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`elman_scan` by the fastest way there is: torch's kernel for one head that is not large, or else the scan."""
-    # the kernel has no rule for torch.func.vmap
-    fused = weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active()
-    if fused and not packing_pays(inputs, weights.recurrent):
-        return elman_fused(inputs, state, weights, real)
-    return elman_scan(inputs, state, weights, real)
+    """`elman_scan` by the fastest way there is."""
+    own = {"torch": elman_fused, "plain": elman_scan}
+    return chosen("elman", own, elman_forms(inputs, weights), inputs.device)(inputs, state, weights, real)
+
+
+def elman_forms(inputs: Tensor, weights: LayerWeights) -> list[str]:
+    """See `preferred`; torch's kernel takes one head, and pays if that is not large."""
+    own = ["plain"]
+    if weights.recurrent.shape[1] == 1:
+        own = ["plain", "torch"] if packing_pays(inputs, weights.recurrent) else ["torch", "plain"]
+    return preferred(own, inputs, weights.recurrent)
 
 
 def elman_scan(

@@ -1,4 +1,4 @@
-"""The GRU: the plain scan, torch's fused kernel, and the choice between them.
+"""The GRU: the plain scan, torch's fused kernel, and the choice between them and others.
 
     r, z = σ(a_r + R_r h), σ(a_z + R_z h)    n = tanh(a_n + r∘(R_n h + b_candidate))    a = W_in x + b
     h ← (1 − z)∘n + z∘h
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import chosen, preferred
 from .heads import merge_heads, split_heads, split_state
 from .padding import put_back, to_front
 from .recurrent_layer import RecurrentLayer
@@ -59,12 +60,17 @@ class GRU(RecurrentLayer):
 
 
 def gru(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`gru_scan` by the fastest way there is: torch's kernel for one head that is not large, or else the scan."""
-    # the kernel has no rule for torch.func.vmap
-    fused = weights.recurrent.shape[1] == 1 and not torch._C._are_functorch_transforms_active()
-    if fused and not packing_pays(inputs, weights.recurrent):
-        return gru_fused(inputs, state, weights, real)
-    return gru_scan(inputs, state, weights, real)
+    """`gru_scan` by the fastest way there is."""
+    own = {"torch": gru_fused, "plain": gru_scan}
+    return chosen("gru", own, gru_forms(inputs, weights), inputs.device)(inputs, state, weights, real)
+
+
+def gru_forms(inputs: Tensor, weights: GRUWeights) -> list[str]:
+    """See `preferred`; torch's kernel takes one head, and pays if that is not large."""
+    own = ["plain"]
+    if weights.recurrent.shape[1] == 1:
+        own = ["plain", "torch"] if packing_pays(inputs, weights.recurrent) else ["torch", "plain"]
+    return preferred(own, inputs, weights.recurrent)
 
 
 def gru_scan(inputs: Tensor, state: Tensor, weights: GRUWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:

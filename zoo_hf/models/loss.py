@@ -5,7 +5,9 @@ Letters: B sequences, T tokens of each, V vocabulary.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .backends import kernel
 
 
 IGNORED = -100  # the target of a position where no prediction counts
@@ -31,6 +33,14 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     targets = targets.to(logits.device).flatten()
     losses = F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="none")  # (B·T)
     return losses.sum(dtype=torch.float32 if losses.device.type == "mps" else torch.float64)
+
+
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """`summed_loss` of a head's scores of hidden states (B, T, W), which are not held where a kernel does it."""
+    fused = kernel("head_loss", hidden, head.weight) if type(head) is nn.Linear else None
+    if fused is None:
+        return summed_loss(head(hidden), targets)
+    return fused(hidden, head.weight, head.bias, targets.to(hidden.device)).sum(dtype=torch.float64)
 
 
 def number_of_targets(targets: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor | int:

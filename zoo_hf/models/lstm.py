@@ -1,4 +1,4 @@
-"""The LSTM: the plain scan, torch's fused kernel, and the choice between them.
+"""The LSTM: the plain scan, torch's fused kernel, and the choice between them and others.
 
     i, f, o = σ(pre_i), σ(pre_f), σ(pre_o)    g = tanh(pre_g)    pre = W_in x + R h + b
     c ← f∘c + i∘g                              h ← o∘tanh(c)
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import chosen, preferred
 from .heads import merge_heads, recurrent_blocks, split_heads, split_state
 from .padding import put_back, to_front
 from .recurrent_layer import LayerWeights, RecurrentLayer
@@ -39,13 +40,17 @@ class LSTM(RecurrentLayer):
 
 
 def lstm(inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`lstm_scan` by the fastest way there is: torch's kernel, on a CPU a head at a time, or else the scan."""
+    """`lstm_scan` by the fastest way there is."""
+    own = {"torch": lstm_fused, "plain": lstm_scan}
+    return chosen("lstm", own, lstm_forms(inputs, weights), inputs.device)(inputs, state, weights, real)
+
+
+def lstm_forms(inputs: Tensor, weights: LayerWeights) -> list[str]:
+    """See `preferred`; torch's kernel takes one head, on a CPU one after the other."""
     one_head, on_cpu, tokens = weights.recurrent.shape[1] == 1, inputs.device.type == "cpu", inputs.shape[:2]
     many = tokens.numel() >= TOKENS_FOR_KERNELS if not one_head else tokens[1] >= TOKENS_TO_PACK
     pays = many if on_cpu else one_head
-    if pays and not torch._C._are_functorch_transforms_active():  # the kernel has no rule for torch.func.vmap
-        return lstm_fused(inputs, state, weights, real)
-    return lstm_scan(inputs, state, weights, real)
+    return preferred(["torch", "plain"] if pays else ["plain", "torch"], inputs, weights.recurrent)
 
 
 def lstm_scan(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from .backends import kernel
 from .configuration_mamba2 import ZooMamba2Config
 
 
@@ -58,7 +59,10 @@ class LayerState(NamedTuple):
 
 
 def ssd(inputs: SSDInputs, rates: Tensor, state: Tensor, *, block: int) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` by the fastest way there is: blocks of at most `block` tokens, or a step for a single token."""
+    """`ssd_scan` by the fastest way there is: a kernel, blocks of at most `block` tokens, or a step for one token."""
+    fused = kernel("mamba2", inputs, rates, state)
+    if fused is not None:
+        return fused(*inputs, rates, state)
     if inputs.x.shape[1] == 1:
         return ssd_scan(inputs, rates, state)
     return ssd_blocks(inputs, rates, state, min(block, CPU_BLOCK) if state.device.type == "cpu" else block)

@@ -25,6 +25,7 @@ from .slstm import SLSTM
 
 # isort: split
 # not used here: transformers 5.6 loads only the code that this file itself names; goes when 5.19 is required
+from .backends import kernel  # noqa: F401
 from .heads import merge_heads  # noqa: F401
 from .loss import summed_loss  # noqa: F401
 from .padding import real_tokens  # noqa: F401

@@ -30,6 +30,7 @@ from .rwkv7_layers import RWKV7Attention, RWKV7Block, RWKV7FeedForward, layer_no
 
 # isort: split
 # not used here: transformers 5.6 loads only the code that this file itself names; goes when 5.19 is required
+from .backends import kernel  # noqa: F401
 from .loss import summed_loss  # noqa: F401
 from .padding import real_tokens  # noqa: F401
 from .rwkv7 import rwkv7  # noqa: F401

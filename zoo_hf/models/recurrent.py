@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput, can_return_tuple
 
-from .loss import causal_lm_loss, next_tokens, number_of_targets, summed_loss
+from .loss import causal_lm_loss, head_loss, next_tokens, number_of_targets
 from .padding import real_tokens, repeat_last
 
 
@@ -42,7 +42,8 @@ class RecurrentCausalLMOutput(ModelOutput):
 
     Args:
         loss: float64 scalar (float32 on mps), see `summed_loss`, if `labels` are given.
-        logits: (B, T, V), scores of the next token; none with `labels` for more than `chunk_length` tokens.
+        logits: (B, T, V), scores of the next token; none with `labels` for more than `chunk_length` tokens, or where
+            they are skipped.
         state: (B, …), what the layers carry after the last real token, of constant size, if `use_cache`.
         hidden_states: the embeddings and each layer's outputs, if `output_hidden_states`.
     """
@@ -170,6 +171,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> RecurrentCausalLMOutput:
         """Scores of the next token at every position, the loss if `labels` are given, and the state.
@@ -181,10 +183,11 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), usually `input_ids` with −100 where no prediction counts; shifted here, not by the caller.
             logits_to_keep: compute only the last k positions' scores (0: all), or those at a tensor of positions.
             num_items_in_batch: number of labels the summed loss is divided by, this batch's own by default.
+            skip_logits: with `labels`, return the loss alone for any number of tokens.
             kwargs: all other arguments as in the model's forward pass.
         """
         tokens, model = given(input_ids, inputs_embeds), cast(RecurrentModel, self.base_model)
-        if labels is not None and tokens.shape[1] > self.config.chunk_length:
+        if labels is not None and (skip_logits or tokens.shape[1] > self.config.chunk_length):
             chunks = model.chunks(tokens, attention_mask, state, starts)
             mean, after = self._loss_by_chunks(chunks, labels, num_items_in_batch)
             use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -218,7 +221,7 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         for part, hidden_states, state in chunks:  # noqa: B007  # the last one is returned
             # a slice more, for the last position's target; all targets at once would be as long as the text
             targets = next_tokens(labels[:, part.start : part.stop + 1])[:, : hidden_states[-1].shape[1]]
-            total = total + summed_loss(self.lm_head(hidden_states[-1]), targets)
+            total = total + head_loss(self.lm_head, hidden_states[-1], targets)
         return total / number_of_targets(labels[:, 1:], num_items_in_batch), state
 
     @classmethod

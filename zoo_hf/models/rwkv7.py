@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import kernel
+
 
 BLOCK = 16  # tokens; decays are at least exp(−e^(−1/2)) = 0.545, so that their product in a block is at least 6e-5
 SEGMENT = 4 * BLOCK  # tokens; more would not stay in a CPU's cache
@@ -50,7 +52,10 @@ class Steps(NamedTuple):
 
 
 def rwkv7(steps: Steps, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`rwkv7_scan` by the fastest way there is, in the state's precision: blocks, or the scan if there is not one."""
+    """`rwkv7_scan` by the fastest way there is, in the state's precision: a kernel, blocks, or else the scan."""
+    fused = kernel("rwkv7", steps, state)
+    if fused is not None:
+        return fused(*steps, state)
     steps = Steps(*(entries.to(state.dtype) for entries in steps))
     with torch.autocast(state.device.type, enabled=False):
         return (rwkv7_scan if steps.r.shape[1] < BLOCK else rwkv7_blocks)(steps, state)

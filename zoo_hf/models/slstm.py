@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import chosen, preferred
 from .heads import merge_heads, split_heads, split_state
 from .recurrent_layer import LayerWeights, RecurrentLayer
 from .recurrent_product import recurrent_product
@@ -37,7 +38,18 @@ class SLSTM(RecurrentLayer):
 
     def forward(self, inputs: Tensor, state: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs and final state, see `slstm_scan`."""
-        return slstm_scan(inputs, state, LayerWeights(self.input_weight, self.recurrent_weight, self.bias), real)
+        return slstm(inputs, state, LayerWeights(self.input_weight, self.recurrent_weight, self.bias), real)
+
+
+def slstm(inputs: Tensor, state: Tensor, weights: LayerWeights, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`slstm_scan` by the fastest way there is."""
+    own = {"plain": slstm_scan}
+    return chosen("slstm", own, slstm_forms(inputs, weights), inputs.device)(inputs, state, weights, real)
+
+
+def slstm_forms(inputs: Tensor, weights: LayerWeights) -> list[str]:
+    """See `preferred`."""
+    return preferred(["plain"], inputs, weights.recurrent)
 
 
 def slstm_scan(

@@ -1,0 +1,1 @@
+"""Triton's kernels and what launches them, imported where they run: Triton is not installed everywhere."""
