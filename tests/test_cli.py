@@ -30,7 +30,16 @@ def test_gpus_are_counted_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
-    assert cli.environment()["hardware"] == "2 × A100, 1 × T4"
+    monkeypatch.setattr(cli, "choices", lambda: {"lstm": "triton"})
+    rows = cli.environment()
+    assert rows["hardware"] == "2 × A100, 1 × T4"
+    assert rows["kernels of lstm"] == "triton"
+
+
+def test_a_backend_that_cannot_run_is_a_mistake_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("ZOO_HF_KERNELS", "cuda")
+    assert cli.main(["env"]) == 2
+    assert "ZOO_HF_KERNELS must be one of ['auto', 'plain', " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2), (["fly"], 2)])
