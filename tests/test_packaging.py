@@ -49,6 +49,7 @@ ORDER = (
     "batches",
     "config",
     "callbacks",
+    "own_objective",
     "procedure",
     "loading",
     "cards",

@@ -99,11 +99,11 @@ def objective_of(
         masks = functools.partial(seeded, seed, args.device)
     parts: Iterator[tuple[dict[str, Any], float]] = itertools.repeat((inputs, 1.0))
     if args.data == "split":
-        count, total = items_of(trainer, inputs, num_items_in_batch)
+        count, total = items_of(trainer, inputs, None if trainer.own_objective else num_items_in_batch)
         parts = iter(split(inputs, members, args.num_directions, count=count, total=total))
         num_items_in_batch = None  # a share's loss is its own mean: not all models that take the number heed it
 
-    only_the_loss = {"skip_logits": True} if skips_logits(trainer) else {}
+    extra = {"skip_logits": True} if skips_logits(trainer) else {}
 
     def objective() -> Tensor:
         trainer.signals.check()
@@ -112,7 +112,10 @@ def objective_of(
             return torch.zeros((), device=args.device)
         # a fresh dict, as compute_loss may pop keys; a fresh autocast region, as its cached casts would outlive θ
         with masks(), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, {**batch, **only_the_loss}, num_items_in_batch=num_items_in_batch)
+            if trainer.own_objective is not None:
+                loss = trainer.own_objective(model, dict(batch))
+            else:
+                loss = trainer.compute_loss(model, {**batch, **extra}, num_items_in_batch=num_items_in_batch)
         after()
         return loss if weight == 1.0 else loss * weight
 
@@ -121,7 +124,10 @@ def objective_of(
 
 def skips_logits(trainer: Any) -> bool:
     """Whether the model can leave out its logits, and nobody looks at them."""
-    return not has_own_loss(trainer) and "skip_logits" in inspect.signature(bare_model(trainer).forward).parameters
+    return (
+        not (has_own_loss(trainer) or trainer.own_objective)
+        and "skip_logits" in inspect.signature(bare_model(trainer).forward).parameters
+    )
 
 
 def items_of(
@@ -138,7 +144,7 @@ def items_of(
     args = trainer.args
     if num_items_in_batch is not None:
         return lambda batch: float(counted(batch)), float(num_items_in_batch)
-    labels = inputs.get("labels")
+    labels = None if trainer.own_objective else inputs.get("labels")
     if isinstance(labels, Tensor) and not labels.is_floating_point():
         return lambda batch: float((batch["labels"] != -100).sum()), float((labels != -100).sum())
     rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
@@ -168,6 +174,8 @@ def has_own_loss(trainer: Any) -> bool:
 
 def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
     """Whether the loss is a share of all micro-batches' loss; else it is the mean of one micro-batch."""
+    if trainer.own_objective is not None:
+        return False
     # goes when transformers >= 5.19, which lets a trainer say so, is required
     if Version(transformers.__version__) >= Version("5.19.0") and trainer.loss_is_scaled_for_ga is not None:
         return trainer.loss_is_scaled_for_ga

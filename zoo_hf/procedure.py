@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from .own_objective import called
+
 
 ESTIMATES = {
     "central": ("central differences (CD-RGE)", "ĝ = 1/n Σᵢ [L(θ + εzᵢ) − L(θ − εzᵢ)]/2ε · zᵢ"),
@@ -33,6 +35,7 @@ def training_procedure(trainer: Trainer) -> dict[str, Any]:
         ("command", command(sys.argv)),
         ("weights", f"{sum(p.numel() for p in model.parameters()):,}, of which {d:,} trained"),
         ("estimator", f"{estimator}, {n} directions, {_distribution(args)}"),
+        ("objective", _objective(trainer)),
         ("members", _members(trainer)),
         ("smoothing radius ε", f"{args.smoothing_radius:g}"),
         ("optimizer", _optimizer(trainer)),
@@ -111,6 +114,10 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     packages = ("zoo_hf", "torch", "transformers", "accelerate", "datasets", "peft")
     return {"Python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _objective(trainer: Any) -> str:
+    return "" if trainer.own_objective is None else f"`{called(trainer.own_objective.function)}`, minimised"
 
 
 def _optimizer(trainer: Any) -> str:

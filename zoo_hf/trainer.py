@@ -7,6 +7,7 @@ applies it, and all else is the Trainer's.
 import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, seed_worker
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, seed_worker
 
 from .agreement import RanksCallback, check_start
 from .batches import same_batches
@@ -27,6 +28,7 @@ from .figures import Figures
 from .hub import push_trajectory
 from .interrupt import Interrupted, Signals
 from .objective import member_losses, plan, probes_of, tokens_in
+from .own_objective import OwnObjective
 from .preparation import check_weights, prepare_
 from .procedure import peak_memory
 from .pushing import PushMixin
@@ -43,6 +45,11 @@ class ZOOTrainerMixin(PushMixin):
     Its arguments are a `ZOOConfig`, another class with `ZOOArguments` mixed in, or plain training arguments, which
     then get the zero-order fields at their defaults.
 
+    Args:
+        compute_objective: f(model, inputs) or f(model, inputs, outputs), in place of the model's loss: a number to be
+            minimised, which needs no gradient; see `OwnObjective`. An evaluation tells its mean as `eval_objective`.
+        args, kwargs: the Trainer's.
+
     Attributes:
         booked: names of what `compute_loss` adds to in the trainer, as TRL's do; one probe of a batch counts.
 
@@ -54,7 +61,8 @@ class ZOOTrainerMixin(PushMixin):
     optimizer: Any  # an Update, within accelerate's wrapper while training
     booked: tuple[str, ...] = ("_metrics", "_total_train_tokens")
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, compute_objective: Callable[..., Any] | None = None, **kwargs: Any):
+        self.own_objective = None if compute_objective is None else OwnObjective(compute_objective)
         self.update: Any = None  # an Update, once the optimizer is made
         self.current_gradient_accumulation_steps = 1  # until `train` counts them
         self.losses: list[Tensor] = []  # of the members, for each micro-batch so far
@@ -198,6 +206,21 @@ class ZOOTrainerMixin(PushMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         self.recorder.sign(output_dir)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, and the objective of the batch, if it is another than the model's loss."""
+        if self.own_objective is not None:
+            with self.compute_loss_context_manager():
+                self.own_objective.add(model, self._prepare_inputs(inputs))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's, and the mean objective of all rows."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.own_objective is not None:
+            mean = self.own_objective.mean(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
+            output.metrics[f"{kwargs['metric_key_prefix']}_objective"] = mean
+        return output
 
     def forget_after(self, step: int) -> None:
         """Drop what is recorded after a number of steps."""
