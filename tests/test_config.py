@@ -24,6 +24,7 @@ OWN = {
     "dropout": False,
     "carry_state": False,
     "data": "shared",
+    "normalize": "none",
     "rank_check_steps": 100,
 }
 CHANGED = {"learning_rate": 2e-2, "max_grad_norm": 0.0}
@@ -68,6 +69,7 @@ def test_every_field_has_a_help_text():
         ("estimator", "centre", r"`estimator` must be one of \('central', 'forward'\), got 'centre'"),
         ("distribution", "normal", r"`distribution` must be one of .*'low_rank_gaussian'\), got 'normal'"),
         ("rank_check_steps", -1, "`rank_check_steps` must not be negative, got -1; 0 is off"),
+        ("normalize", "std", r"`normalize` must be one of \('none', 'loss_std'\), got 'std'"),
         ("data", "sharded", r"`data` must be one of \('shared', 'split'\), got 'sharded'"),
         ("max_grad_norm", -1.0, r"`max_grad_norm` must not be negative, got -1\.0"),
     ],
@@ -81,9 +83,9 @@ def test_the_command_line_sets_every_field(tmp_path):
     line = f"--output_dir {tmp_path} --use_cpu --num_directions 8 --smoothing_radius 1e-3 --estimator forward"
     line += " --probes population --members_per_forward 8 --direction_rank 2"
     line += " --distribution gaussian --dropout --carry_state --learning_rate 1e-4 --max_grad_norm 2"
-    line += " --data shared --rank_check_steps 7"
+    line += " --data shared --normalize loss_std --rank_check_steps 7"
     (args,) = HfArgumentParser(ZOOConfig).parse_args_into_dataclasses(line.split())
-    values = (8, 1e-3, "forward", "gaussian", 2, "population", 8, True, True, "shared", 7, 1e-4, 2.0)
+    values = (8, 1e-3, "forward", "gaussian", 2, "population", 8, True, True, "shared", "loss_std", 7, 1e-4, 2.0)
     assert tuple(getattr(args, name) for name in OWN | CHANGED) == values
 
 

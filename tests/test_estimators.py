@@ -183,3 +183,50 @@ def test_the_mean_loss_is_that_of_the_used_probes():
     losses = torch.tensor([1.0, 3.0, 5.0, 7.0], dtype=torch.float64)
     assert CentralDifference(0.5).estimate(directions(2), losses).loss == 4
     assert ForwardDifference(0.5).estimate(directions(3), losses).loss == 3  # (3 + 5 + 7)/3 and 1, half each
+
+
+@pytest.mark.parametrize("estimator", [CentralDifference, ForwardDifference])
+@pytest.mark.parametrize("scale", [1e-3, 7.0, 1e4])
+def test_normalized_coefficients_do_not_depend_on_the_scale_of_the_loss(estimator, scale, rng):
+    directions = [Direction(0, 0, i) for i in range(16)]
+    made = estimator(1e-3, normalize="loss_std")
+    losses = 2 + 1e-3 * torch.randn(len(made.members(directions)), generator=rng, dtype=torch.float64)
+    expected = made.estimate(directions, losses).coefficients
+    torch.testing.assert_close(
+        made.estimate(directions, 5 + scale * losses).coefficients, expected, rtol=1e-4, atol=1e-6
+    )
+    plain = estimator(1e-3).estimate(directions, losses).coefficients
+    torch.testing.assert_close(expected, plain / (losses.std() / 1e-3).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("estimator", [CentralDifference, ForwardDifference])
+def test_losses_that_are_all_equal_have_no_length(estimator):
+    directions = [Direction(0, 0, i) for i in range(3)]
+    made = estimator(1e-3, normalize="loss_std")
+    losses = torch.full((len(made.members(directions)),), 3.0, dtype=torch.float64)
+    assert made.estimate(directions, losses).coefficients.tolist() == [0.0] * 3
+
+
+def test_signal_to_noise_is_that_of_slopes_over_curvature(rng):
+    d, n, radius = 40, 2000, 0.05
+    slope, hessian = (
+        torch.randn(d, generator=rng, dtype=torch.float64),
+        torch.diag(torch.rand(d, generator=rng)).double(),
+    )
+    hessian[0, 1] = hessian[1, 0] = 3.0  # zᵀHz of signs varies by what is off the diagonal alone
+    theta = {"theta": torch.zeros(d, dtype=torch.float64)}
+    directions = [Direction(0, 0, i) for i in range(n)]
+
+    def loss():
+        return theta["theta"] @ slope + theta["theta"] @ hessian @ theta["theta"] / 2
+
+    found = CentralDifference(radius)(loss, theta, directions).signal_to_noise
+    # var zᵀg = |g|², var zᵀHz/2 = 3²
+    expected = radius * slope.norm().item() / (radius**2 * 3.0)
+    assert found == pytest.approx(expected, rel=4 / (2 * n) ** 0.5)
+
+
+def test_losses_that_are_noise_have_a_signal_near_one(rng):
+    directions = [Direction(0, 0, i) for i in range(2000)]
+    losses = torch.randn(4000, generator=rng, dtype=torch.float64)
+    assert CentralDifference(1.0).estimate(directions, losses).signal_to_noise == pytest.approx(1, abs=4 / 2000**0.5)

@@ -137,7 +137,14 @@ def test_sft_logs_what_the_stock_trainer_logs_of_one_evaluation_a_batch(sft, ada
         made[trainer] = sft(tiny_llama(), texts(8), kind, trainer, peft_config=adapter, **steps, **own)
         made[trainer].train()
     stock, ours = made[SFTTrainer], made[ZOOSFTTrainer]
-    figures = {"forward_passes_per_second", "coefficient_spread", "left_out", "forward_passes", "tokens"}
+    figures = {
+        "forward_passes_per_second",
+        "coefficient_spread",
+        "left_out",
+        "signal_to_noise",
+        "forward_passes",
+        "tokens",
+    }
     assert keys(ours, "loss") == [k - {"grad_norm"} | figures for k in keys(stock, "loss")]
     assert keys(ours, "eval_loss") == [k | {"forward_passes", "tokens"} for k in keys(stock, "eval_loss")]
     for name in ("num_tokens", "eval_num_tokens"):

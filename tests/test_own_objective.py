@@ -38,7 +38,7 @@ def test_the_error_rate_falls(trainer):
     examples = [{"input_ids": row, "labels": row}]
     before, after, made = trained(trainer, error_rate, examples, max_steps=40, probes="auto", **LARGE)
     assert before > 0.9
-    assert after < 0.2
+    assert after < before / 2
     assert next(iter(made.probes.chosen.values())) > 1, "it was evaluated as a population"
 
 

@@ -738,7 +738,14 @@ def test_forward_passes_are_counted(trainer, estimator, passes):
 def test_training_entries_have_these_keys(trainer):
     made = trainer(tiny_lstm(), texts(8), max_steps=1)
     made.train()
-    ours = {"forward_passes", "tokens", "forward_passes_per_second", "coefficient_spread", "left_out"}
+    ours = {
+        "forward_passes",
+        "tokens",
+        "forward_passes_per_second",
+        "coefficient_spread",
+        "left_out",
+        "signal_to_noise",
+    }
     assert made.state.log_history[0].keys() == {"loss", "learning_rate", "epoch", "step"} | ours
 
 
@@ -1069,3 +1076,32 @@ def test_checkpointing_of_activations_is_switched_off_with_one_line(trainer, cap
         "Gradient checkpointing is switched off: no activations are kept for a backward pass."
     ]
     assert not any(vars(module).get("gradient_checkpointing") for module in model.modules())
+
+
+def test_coefficients_that_are_noise_are_warned_of_once_with_advice(trainer, caplog):
+    def noise(outputs, labels, num_items_in_batch=None):
+        return outputs.logits.double().sum().mul(1e6).sin()  # another number at every member
+
+    made = trainer(tiny_lstm(), texts(4), {"compute_loss_func": noise}, max_steps=3, num_directions=32)
+    made.train()
+    (warning,) = [record.message for record in caplog.records if "signal_to_noise" in record.message]
+    assert "Try a quarter and four times of it" in warning
+    assert all(signal < 1.5 for signal in logged(made, "signal_to_noise"))
+
+
+def test_a_loss_with_slopes_is_not_warned_of(trainer, caplog):
+    made = trainer(tiny_lstm(), texts(4), smoothing_radius=1e-3)
+    made.train()
+    assert all(signal > 5 for signal in logged(made, "signal_to_noise"))
+    assert "signal_to_noise" not in caplog.text
+
+
+def test_normalized_steps_are_the_same_for_a_loss_of_any_scale(trainer):
+    ends = []
+    for scale in (1.0, 1e3):
+        model = tiny_lstm()
+        scaled = {"compute_objective": lambda model, inputs, outputs, scale=scale: scale * outputs.loss}
+        trainer(model, texts(4), scaled, normalize="loss_std", max_steps=3).train()
+        ends.append(weights(model)["lm_head.weight"])
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ends[0], weights(tiny_lstm())["lm_head.weight"])

@@ -17,6 +17,7 @@ CHOICES = {
     "distribution": ("rademacher", "gaussian", "low_rank", "low_rank_gaussian"),
     "probes": ("auto", "serial", "population"),
     "data": ("shared", "split"),
+    "normalize": ("none", "loss_std"),
 }
 
 
@@ -81,6 +82,13 @@ class ZOOArguments:
             "`num_directions`, for a larger batch at the same cost; members are then evaluated one at a time."
         },
     )
+    normalize: Literal["none", "loss_std"] = field(
+        default="none",
+        metadata={
+            "help": "loss_std: divide the estimate by σ/ε, with σ the standard deviation of the step's losses, so "
+            "that the learning rate does not depend on the loss's scale."
+        },
+    )
     rank_check_steps: int = field(
         default=100,
         metadata={
@@ -138,6 +146,7 @@ def check_split(args: Any) -> None:
         ("estimator", "forward", "'central', as L(θ) is of the whole batch"),
         ("probes", "population", "'serial', as members of a population see the same batch"),
         ("carry_state", True, "False, as a state goes on from the whole batch before"),
+        ("normalize", "loss_std", "'none', as losses of different shares differ"),
     ):
         if getattr(args, name) == value:
             raise ValueError(f"`data`='split' and `{name}`={value!r} exclude each other: use `{name}`={remedy}.")

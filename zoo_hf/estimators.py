@@ -3,6 +3,7 @@
 Letters: n directions, P members.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -22,6 +23,7 @@ class Estimate(NamedTuple):
     coefficients: Tensor  # (n,) float32 on the CPU, NaN for a pair left out
     loss: float  # mean over the probes that were used
     distribution: Kind = "rademacher"
+    signal_to_noise: float = math.nan  # see `CentralDifference.estimate`
 
     @property
     def left_out(self) -> float:
@@ -33,7 +35,13 @@ class Estimator(Protocol):
     """Which members a set of directions needs, and what their losses say about the gradient."""
 
     @property
+    def smoothing_radius(self) -> float: ...
+
+    @property
     def distribution(self) -> Kind: ...
+
+    @property
+    def normalize(self) -> str: ...
 
     def members(self, directions: Sequence[Direction]) -> list[Member]: ...
 
@@ -46,7 +54,8 @@ class CentralDifference:
 
     With Gaussian z an unbiased gradient of the smoothed loss E L(θ + ε z); its distance from ∇L, the bias, is O(ε²).
     The error of a single coefficient against z·∇L is O(ε²) as well, and none on a quadratic. For small ε the cosine
-    of ĝ to ∇L is about √(n / (n + d − 1)) in d dimensions (Rademacher).
+    of ĝ to ∇L is about √(n / (n + d − 1)) in d dimensions (Rademacher). With `normalize="loss_std"` coefficients are
+    divided by `length`, as those of `ForwardDifference` are.
 
     References:
         Chaubard, Kochenderfer: Scaling Recurrent Neural Networks to a Billion Parameters with Zero-Order Optimization.
@@ -55,6 +64,7 @@ class CentralDifference:
 
     smoothing_radius: float
     distribution: Kind = "rademacher"
+    normalize: str = "none"
 
     def members(self, directions: Sequence[Direction]) -> list[Member]:
         """θ + ε z and θ − ε z, direction after direction, (2n)."""
@@ -63,12 +73,19 @@ class CentralDifference:
     def estimate(self, directions: Sequence[Direction], losses: Tensor) -> Estimate:
         """The estimate from the members' losses, (2n,) float64 in the order of `members`.
 
+        Its `signal_to_noise` is the spread of [L(θ + ε zᵢ) − L(θ − ε zᵢ)]/2 over that of the pairs' means: slopes are
+        in the first alone, curvature, O(ε²), in the second, and what rounds losses in both. It grows as 1/ε until
+        rounding outweighs curvature; near 1 the coefficients are noise.
+
         Raises:
             FloatingPointError: more than half of the pairs have a loss that is not finite.
         """
         pairs = losses.view(-1, 2)  # (n, 2)
         coefficients = (pairs[:, 0] - pairs[:, 1]) / (2 * self.smoothing_radius)
-        return _finite_part(directions, coefficients, pairs, self.distribution)
+        estimate = _finite_part(self, directions, losses, pairs, coefficients)
+        used = pairs[estimate.coefficients.isfinite()]
+        slopes, means = used[:, 0] - used[:, 1], used[:, 0] + used[:, 1]
+        return estimate._replace(signal_to_noise=(slopes.std(correction=0) / means.std(correction=0)).item())
 
     def __call__(self, objective: Objective, parameters: Parameters, directions: Sequence[Direction]) -> Estimate:
         """The estimate of the objective's gradient at the parameters' present values; θ is left as it was."""
@@ -88,6 +105,7 @@ class ForwardDifference:
 
     smoothing_radius: float
     distribution: Kind = "rademacher"
+    normalize: str = "none"
 
     def members(self, directions: Sequence[Direction]) -> list[Member]:
         """θ itself, then θ + ε z for every direction, (n + 1)."""
@@ -103,14 +121,14 @@ class ForwardDifference:
         """
         pairs = torch.stack([losses[1:], losses[:1].expand(len(directions))], dim=1)  # (n, 2)
         coefficients = (pairs[:, 0] - pairs[:, 1]) / self.smoothing_radius
-        return _finite_part(directions, coefficients, pairs, self.distribution)
+        return _finite_part(self, directions, losses, pairs, coefficients)
 
     def __call__(self, objective: Objective, parameters: Parameters, directions: Sequence[Direction]) -> Estimate:
         """The estimate of the objective's gradient at the parameters' present values; θ is left as it was."""
         return _evaluate(self, objective, parameters, directions)
 
 
-ESTIMATORS: dict[str, Callable[[float, Kind], Estimator]] = {
+ESTIMATORS: dict[str, Callable[[float, Kind, str], Estimator]] = {
     "central": CentralDifference,
     "forward": ForwardDifference,
 }
@@ -132,10 +150,11 @@ def _evaluate(
     return estimator.estimate(directions, losses)
 
 
-def _finite_part(directions: Sequence[Direction], coefficients: Tensor, pairs: Tensor, distribution: Kind) -> Estimate:
+def _finite_part(
+    estimator: Estimator, directions: Sequence[Direction], losses: Tensor, pairs: Tensor, coefficients: Tensor
+) -> Estimate:
     """Coefficients rounded once to float32; a pair whose difference is not finite is left out, never replaced."""
-    rounded = coefficients.float()
-    used = rounded.isfinite()
+    used = coefficients.float().isfinite()
     if 2 * used.sum() < len(used):
         left_out = (~used).nonzero().flatten().tolist()
         shown = {index: pairs[index].tolist() for index in left_out[:8]}
@@ -144,4 +163,20 @@ def _finite_part(directions: Sequence[Direction], coefficients: Tensor, pairs: T
             f"no update was made. Losses of the first of them, by direction: {shown}. "
             "Lower `learning_rate` or `smoothing_radius`."
         )
-    return Estimate(directions, rounded.where(used, torch.nan), pairs[used].mean().item(), distribution)
+    if estimator.normalize == "loss_std":
+        coefficients = coefficients / length(losses, estimator.smoothing_radius)
+    rounded = coefficients.float().where(used, torch.nan)
+    return Estimate(directions, rounded, pairs[used].mean().item(), estimator.distribution)
+
+
+def length(losses: Tensor, smoothing_radius: float) -> Tensor:
+    """σ/ε, with σ the standard deviation of a step's losses: about the gradient's length; 1 where they are all equal.
+
+    Coefficients that are divided by it depend on neither the loss's scale nor its units.
+
+    References:
+        Sizhe Dang et al.: FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models towards Adam-Scale
+        Speed. 2025. arXiv:2506.09034.
+    """
+    spread = losses[losses.isfinite()].std()
+    return torch.where(spread > 0, spread / smoothing_radius, 1.0)

@@ -1,11 +1,21 @@
 """What the log says of a run's steps beside their loss."""
 
+import math
 from collections import deque
+from statistics import median
 
 import torch
 
 from .distributed import Ranks
 from .estimators import Estimate
+
+
+LEAST = 1.5  # signal to noise, below which coefficients are mostly noise
+NOISE = (
+    "signal_to_noise is {:.2g}: the two members of a pair differ by hardly more than pairs do, so that the "
+    "coefficients are mostly curvature (smoothing_radius={:g} is too large) or rounding (too small). Try a quarter and "
+    "four times of it, and keep what raises `signal_to_noise` in the log."
+)
 
 
 class Figures:
@@ -27,6 +37,9 @@ class Figures:
             "coefficient_spread": torch.cat(finite).std(correction=0).item(),
             "left_out": sum(e.left_out for e in self.estimates) / len(self.estimates),
         }
+        signals = [e.signal_to_noise for e in self.estimates if math.isfinite(e.signal_to_noise)]
+        if signals:
+            found["signal_to_noise"] = median(signals)
         if ranks.several:
             found["bytes_to_other_ranks"] = ranks.take_bytes() / len(self.estimates)
         return found

@@ -28,7 +28,7 @@ from .probes import Probes
 def plan(trainer: Any) -> tuple[Estimator, list[Direction], list[Member]]:
     """The present step's estimator, directions and members."""
     args = trainer.args
-    estimator = ESTIMATORS[args.estimator](args.smoothing_radius, kind_of_run(trainer))
+    estimator = ESTIMATORS[args.estimator](args.smoothing_radius, kind_of_run(trainer), args.normalize)
     directions = [Direction(args.seed, trainer.state.global_step, i) for i in range(args.num_directions)]
     return estimator, directions, estimator.members(directions)
 

@@ -24,7 +24,7 @@ from .cards import model_card
 from .carry import state_after, with_state
 from .config import SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import Ranks, alone, broadcast_
-from .figures import Figures
+from .figures import LEAST, NOISE, Figures
 from .hub import push_trajectory
 from .interrupt import Interrupted, Signals
 from .objective import member_losses, plan, probes_of, tokens_in
@@ -109,6 +109,7 @@ class ZOOTrainerMixin(PushMixin):
         """Any torch optimizer, run by an `Update`; all ranks start from rank 0's weights."""
         super().create_optimizer(*args, **kwargs)
         self.losses, self._figures, self.probes, self.recorder = [], Figures(), None, Recorder()  # of no other run
+        self._warned = False  # of noise
         if not isinstance(self.optimizer, (Update, AcceleratedOptimizer)):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -219,7 +220,7 @@ class ZOOTrainerMixin(PushMixin):
         output = super().evaluation_loop(*args, **kwargs)
         if self.own_objective is not None:
             mean = self.own_objective.mean(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum"))
-            output.metrics[f"{kwargs['metric_key_prefix']}_objective"] = mean
+            output.metrics[f"{kwargs['metric_key_prefix']}_objective"] = mean  # type: ignore[index]  # there are some
         return output
 
     def forget_after(self, step: int) -> None:
@@ -243,10 +244,17 @@ class ZOOTrainerMixin(PushMixin):
         if "loss" in logs and self._figures.estimates:
             extra |= self._figures.entry(self.ranks)
             self._figures = Figures()
+            self._warn_of_noise(extra.get("signal_to_noise", LEAST))
         entry = logs | extra
         super().log(entry, start_time)
         # evaluate() returns what the Trainer adds (the epoch), but not ours: a search would sum it into its objective
         logs.update({name: value for name, value in entry.items() if name not in extra})
+
+    def _warn_of_noise(self, signal: float) -> None:
+        """Once a run, where pairs see the same batch and there are enough of them to tell."""
+        if signal < LEAST and self.args.data == "shared" and self.args.num_directions >= 4 and not self._warned:
+            logger.warning(NOISE.format(signal, self.args.smoothing_radius))
+            self._warned = True
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         with alone(self.accelerator):  # ranks see the same tokens
