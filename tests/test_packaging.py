@@ -61,6 +61,7 @@ ORDER = (
     "agreement",
     "pushing",
     "hub",
+    "learning_rate",
     "trainer",
     "models",
     "tasks",

@@ -13,8 +13,8 @@ from .estimators import Estimate
 LEAST = 1.5  # signal to noise, below which coefficients are mostly noise
 NOISE = (
     "signal_to_noise is {:.2g}: the two members of a pair differ by hardly more than pairs do, so that the "
-    "coefficients are mostly curvature (smoothing_radius={:g} is too large) or rounding (too small). Try a quarter and "
-    "four times of it, and keep what raises `signal_to_noise` in the log."
+    "coefficients are mostly curvature (smoothing_radius={:g} is too large) or rounding (too small). Try a quarter "
+    "and four times of it, and keep what raises `signal_to_noise` in the log."
 )
 
 

@@ -7,7 +7,9 @@ applies it, and all else is the Trainer's.
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from .distributed import Ranks, alone, broadcast_
 from .figures import LEAST, NOISE, Figures
 from .hub import push_trajectory
 from .interrupt import Interrupted, Signals
+from .learning_rate import Found, find_learning_rate, plot_rates
 from .objective import member_losses, plan, probes_of, tokens_in
 from .own_objective import OwnObjective
 from .preparation import check_weights, prepare_
@@ -268,6 +271,27 @@ class ZOOTrainerMixin(PushMixin):
     def get_total_train_batch_size(self, args: Any) -> int:
         """Examples an update: ranks see the same batch, so their number does not count."""
         return super().get_total_train_batch_size(args) // self.accelerator.num_processes
+
+    def find_learning_rate(self, rates: Sequence[float] | None = None, steps: int = 10) -> Found:
+        """The learning rate with which the first steps of a run lower the loss most; nothing is changed.
+
+        Every rate gets `steps` steps, of one batch each, from the present weights, which are restored bit for bit. It
+        costs the forward passes of `steps` updates and as many more, for every rate, and stops where rates are too
+        large. The losses are drawn in `learning_rate.png` in the output directory, where matplotlib is installed.
+
+        Args:
+            rates: to be tried; `learning_rate` of the arguments times 1/64 to 64 by default.
+            steps: with each.
+
+        Raises:
+            ValueError: `steps` or `rates` make no sense, or the trainer was given an optimizer.
+        """
+        found = find_learning_rate(self, rates, steps)
+        if self.is_world_process_zero() and find_spec("matplotlib"):
+            folder = Path(str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            plot_rates(found, folder / "learning_rate.png")
+        return found
 
     def create_model_card(self, **kwargs: Any) -> None:  # type: ignore[override]  # by name, as all callers do
         """Write `README.md` in the output directory: the model, the run and its figures."""
