@@ -1078,15 +1078,15 @@ def test_checkpointing_of_activations_is_switched_off_with_one_line(trainer, cap
     assert not any(vars(module).get("gradient_checkpointing") for module in model.modules())
 
 
-def test_coefficients_that_are_noise_are_warned_of_once_with_advice(trainer, caplog):
-    def noise(outputs, labels, num_items_in_batch=None):
-        return outputs.logits.double().sum().mul(1e6).sin()  # another number at every member
+def test_a_radius_at_which_curvature_outweighs_slopes_is_warned_of_once_with_advice(trainer, caplog):
+    def valley(model, inputs):
+        return sum(p.double().sum() for p in model.parameters()) ** 2  # whose bottom is near the start
 
-    made = trainer(tiny_lstm(), texts(4), {"compute_loss_func": noise}, max_steps=3, num_directions=32)
+    made = trainer(tiny_lstm(), texts(4), {"compute_objective": valley}, num_directions=32, smoothing_radius=5.0)
     made.train()
     (warning,) = [record.message for record in caplog.records if "signal_to_noise" in record.message]
-    assert "Try a quarter and four times of it" in warning
-    assert all(signal < 1.5 for signal in logged(made, "signal_to_noise"))
+    assert "Try a quarter of smoothing_radius=5, or less" in warning
+    assert all(signal < 0.6 for signal in logged(made, "signal_to_noise"))
 
 
 def test_a_loss_with_slopes_is_not_warned_of(trainer, caplog):

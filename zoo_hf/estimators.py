@@ -75,7 +75,7 @@ class CentralDifference:
 
         Its `signal_to_noise` is the spread of [L(θ + ε zᵢ) − L(θ − ε zᵢ)]/2 over that of the pairs' means: slopes are
         in the first alone, curvature, O(ε²), in the second, and what rounds losses in both. It grows as 1/ε until
-        rounding outweighs curvature; near 1 the coefficients are noise.
+        rounding outweighs curvature.
 
         Raises:
             FloatingPointError: more than half of the pairs have a loss that is not finite.

@@ -10,11 +10,10 @@ from .distributed import Ranks
 from .estimators import Estimate
 
 
-LEAST = 1.5  # signal to noise, below which coefficients are mostly noise
+LEAST = 0.6  # signal to noise, below which estimates were half as near to the gradient as they can be
 NOISE = (
-    "signal_to_noise is {:.2g}: the two members of a pair differ by hardly more than pairs do, so that the "
-    "coefficients are mostly curvature (smoothing_radius={:g} is too large) or rounding (too small). Try a quarter "
-    "and four times of it, and keep what raises `signal_to_noise` in the log."
+    "signal_to_noise is {:.2g}: the two members of a pair differ by less than pairs do, so that the coefficients "
+    "measure curvature more than slopes. Try a quarter of smoothing_radius={:g}, or less."
 )
 
 
