@@ -1082,7 +1082,14 @@ def test_a_radius_at_which_curvature_outweighs_slopes_is_warned_of_once_with_adv
     def valley(model, inputs):
         return sum(p.double().sum() for p in model.parameters()) ** 2  # whose bottom is near the start
 
-    made = trainer(tiny_lstm(), texts(4), {"compute_objective": valley}, num_directions=32, smoothing_radius=5.0)
+    made = trainer(
+        tiny_lstm(),
+        texts(4),
+        {"compute_objective": valley},
+        num_directions=32,
+        smoothing_radius=5.0,
+        learning_rate=1e-9,
+    )
     made.train()
     (warning,) = [record.message for record in caplog.records if "signal_to_noise" in record.message]
     assert "Try a quarter of smoothing_radius=5, or less" in warning
