@@ -1,20 +1,16 @@
 """Embeddings of members W + s Z: the kernel, interpreted where there is no GPU, and its plain twin against rows."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch.func import vmap
 
+from zoo_hf.kernels.choice import VARIABLE
 from zoo_hf.kernels.embedding import perturbed_embedding, perturbed_embedding_population
 from zoo_hf.noise import Direction, entries
 
+from .conftest import DEVICE, every_backend, every_dtype
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [
-    "plain",
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
-]
+
 NAME = {"seed": 2**32 - 1, "step": 2**32 - 7, "name": "embeddings.weight"}
 
 
@@ -34,46 +30,29 @@ def expected(ids, weight, index, scale):
     return torch.stack(own) if own else torch.empty(*ids.shape, weight.shape[1], dtype=weight.dtype)
 
 
-def nothing(*shape, empty=torch.empty, **kind):
-    """Memory that nobody has written yet."""
-    return empty(*shape, **kind).fill_(float("nan"))
-
-
-@pytest.fixture
-def rows_of(monkeypatch):
-    """`rows_of(kernels, arguments)`: the rows of a backend, NaN where its kernel wrote nothing."""
-
-    def look_up(kernels, arguments):
-        monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
-        with monkeypatch.context() as filled:
-            filled.setattr(torch, "empty", nothing)
-            return perturbed_embedding_population(*arguments, **NAME)
-
-    return look_up
-
-
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_backend
+@every_dtype
 @pytest.mark.parametrize(
     "shape",
     [(3, 5, 20, 256), (2, 40, 77, 192), (1, 7, 1000, 101), (2, 9, 300, 3), (0, 5, 9, 8), (2, 0, 9, 8)],
     ids=str,
 )
-def test_rows_are_those_of_the_members_matrices(rows_of, rng, kernels, dtype, shape):
+def test_rows_are_those_of_the_members_matrices(run_by, rng, kernels, dtype, shape):
     arguments = made(rng, *shape, dtype)
-    assert torch.equal(rows_of(kernels, arguments), expected(*arguments))
+    assert torch.equal(run_by(kernels, perturbed_embedding_population, *arguments, **NAME), expected(*arguments))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-def test_strides_and_the_type_of_the_ids_do_not_matter(rows_of, rng, kernels):
+@every_backend
+def test_strides_and_the_type_of_the_ids_do_not_matter(run_by, rng, kernels):
     ids, weight, index, scale = made(rng, 3, 5, 20, 64)
     strange = ids.mT.contiguous().mT.int(), weight.mT.contiguous().mT, index, scale
-    assert torch.equal(rows_of(kernels, strange), expected(ids, weight, index, scale))
+    found = run_by(kernels, perturbed_embedding_population, *strange, **NAME)
+    assert torch.equal(found, expected(ids, weight, index, scale))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_under_vmap_a_member_is_one_of_the_population(monkeypatch, rng, kernels):
-    monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
+    monkeypatch.setenv(VARIABLE, kernels)
     ids, weight, index, scale = made(rng, 3, 10, 20, 64)
 
     def layer(ids, index, scale):

@@ -1,21 +1,16 @@
 """Linear layers of members W + s Z: the kernel, interpreted where there is no GPU, and its plain twin."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch.func import vmap
 
+from zoo_hf.kernels.choice import VARIABLE
 from zoo_hf.kernels.linear import fits, form_of, perturbed_linear, perturbed_linear_population
 from zoo_hf.noise import Direction, entries
 
+from .conftest import CLOSE, DEVICE, every_backend, every_dtype
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [
-    "plain",
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
 NAME = {"seed": 2**32 - 1, "step": 2**32 - 7, "name": "head.weight"}
 
 
@@ -46,32 +41,24 @@ def expected(x, weight, bias, index, scale, *, rounded=False):
 
 def closeness(dtype, kernels):
     """Sums of float32 in another order, rounded once; the twin's products are rounded too, and then their sum."""
-    of_16_bits = dtype is not torch.float32
-    rounding = torch.finfo(dtype).eps / 2 if of_16_bits else 1e-6
-    return {"rtol": rounding, "atol": 3 * 4 * rounding if of_16_bits and kernels == "plain" else 5e-6}
-
-
-def nothing(*shape, empty=torch.empty, **kind):
-    """Memory that nobody has written yet: NaN, where it can be."""
-    memory = empty(*shape, **kind)
-    return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+    if dtype is torch.float32:
+        return CLOSE
+    rounding = torch.finfo(dtype).eps / 2
+    return {"rtol": rounding, "atol": 3 * 4 * rounding if kernels == "plain" else CLOSE["atol"]}
 
 
 @pytest.fixture
-def multiplied(monkeypatch):
-    """`multiplied(kernels, arguments, form)`: the outputs of a backend, NaN where its kernel wrote nothing."""
+def multiplied(run_by):
+    """`multiplied(kernels, arguments, form)`: the outputs of a backend."""
 
     def multiply(kernels, arguments, form="apart"):
-        monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
-        with monkeypatch.context() as filled:
-            filled.setattr(torch, "empty", nothing)
-            return perturbed_linear_population(*arguments, **NAME, form=form)
+        return run_by(kernels, perturbed_linear_population, *arguments, **NAME, form=form)
 
     return multiply
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_backend
+@every_dtype
 @pytest.mark.parametrize("form", ["apart", "fused"])
 @pytest.mark.parametrize(
     ("members", "rows", "inputs", "outputs"),
@@ -88,7 +75,7 @@ def test_outputs_are_those_of_the_members_matrices(
     torch.testing.assert_close(y.double(), expected(*arguments, rounded=rounded), **closeness(dtype, kernels))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("rows", [4, 66])
 def test_strides_do_not_matter(multiplied, rng, kernels, rows):
     x, weight, bias, index, scale = made(rng, 2, rows, 64, 20)
@@ -105,7 +92,7 @@ def test_strides_do_not_matter(multiplied, rng, kernels, rows):
     torch.testing.assert_close(multiplied(kernels, shared).double(), truth, **closeness(torch.float32, kernels))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("form", ["apart", "fused"])
 @pytest.mark.parametrize("rows", [4, 66])
 def test_wider_weights_are_rounded_to_the_dtype_of_the_inputs(multiplied, rng, kernels, form, rows):
@@ -116,7 +103,7 @@ def test_wider_weights_are_rounded_to_the_dtype_of_the_inputs(multiplied, rng, k
     torch.testing.assert_close(y.double(), truth, **closeness(torch.bfloat16, kernels))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_a_scale_far_below_the_spacing_of_the_weights_is_not_lost(multiplied, rng, kernels):
     x, weight, _, index, _ = made(rng, 2, 66, 256, 30, torch.float16)
     weight = 64 * torch.ones_like(weight)  # 2⁻⁴ apart
@@ -127,7 +114,7 @@ def test_a_scale_far_below_the_spacing_of_the_weights_is_not_lost(multiplied, rn
     assert torch.equal(displaced(weight, index[0], scale[0]).half(), weight)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("shape", [(0, 5, 64, 20), (2, 0, 64, 20), (2, 5, 64, 0), (2, 5, 0, 20)], ids=str)
 def test_nothing_gives_nothing_and_no_inputs_give_the_bias(multiplied, rng, kernels, shape):
     arguments = made(rng, *shape)
@@ -136,10 +123,10 @@ def test_nothing_gives_nothing_and_no_inputs_give_the_bias(multiplied, rng, kern
     assert torch.equal(y, arguments[2][:, None].expand_as(y))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("batched", [True, False])
 def test_under_vmap_a_member_is_one_of_the_population(monkeypatch, rng, kernels, batched):
-    monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
+    monkeypatch.setenv(VARIABLE, kernels)
     x, weight, bias, index, scale = made(rng, 3, 10, 64, 20)
     truth = expected(x if batched else x[:1].expand_as(x), weight, bias if batched else None, index, scale)
 
@@ -179,7 +166,7 @@ def test_operations_are_what_their_schemas_and_fakes_say(rng):
     torch.library.opcheck(perturbed_linear, (x[0, 0], weight, None, index[0], scale[0], *names), **checks)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("largest", [1.0, 1.9, 0.7, 3e-3])
 def test_what_fits_moves_every_weight_and_half_of_it_does_not(dtype, largest):
     weight = torch.tensor([0.3 * largest, -largest, largest / 7]).to(dtype)

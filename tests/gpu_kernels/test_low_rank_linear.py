@@ -1,22 +1,14 @@
 """Linear layers of members W + A Bᵀ: the kernel, interpreted where there is no GPU, and its plain twin."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch.func import vmap
 
 from zoo_hf.displaced import multiplied
+from zoo_hf.kernels.choice import VARIABLE
 from zoo_hf.kernels.low_rank_linear import low_rank_linear, low_rank_linear_population
 
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [
-    "plain",
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
-]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXACT = {"rtol": 1e-6, "atol": 5e-6}  # sums of float32 in another order
+from .conftest import CLOSE, DEVICE, every_backend, every_dtype
 
 
 def made(rng, members, rows, inputs, outputs, rank, dtype=torch.float32):
@@ -45,42 +37,22 @@ def closeness(dtype, kernels, rank):
     return {"rtol": eps / 2, "atol": 4 * (rank + 4) * eps / 2 if kernels == "plain" else 4 * rank**0.5 * eps / 2}
 
 
-def nothing(*shape, empty=torch.empty, **kind):
-    """Memory that nobody has written yet."""
-    return empty(*shape, **kind).fill_(float("nan"))
-
-
-@pytest.fixture
-def outputs_of(monkeypatch):
-    """`outputs_of(kernels, arguments)`: the outputs of a backend, NaN where its kernel wrote nothing."""
-
-    def multiply(kernels, arguments):
-        monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
-        with monkeypatch.context() as filled:
-            filled.setattr(torch, "empty", nothing)
-            return low_rank_linear_population(*arguments)
-
-    return multiply
-
-
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_backend
+@every_dtype
 @pytest.mark.parametrize(
     ("members", "rows", "inputs", "outputs", "rank"),
     [(3, 5, 256, 130, 1), (2, 70, 192, 33, 4), (1, 20, 101, 20, 16), (2, 130, 75, 260, 2), (2, 3, 40, 7, 17)],
 )
-def test_outputs_are_those_of_the_members_matrices(
-    outputs_of, rng, kernels, dtype, members, rows, inputs, outputs, rank
-):
+def test_outputs_are_those_of_the_members_matrices(run_by, rng, kernels, dtype, members, rows, inputs, outputs, rank):
     arguments = made(rng, members, rows, inputs, outputs, rank, dtype)
-    y = outputs_of(kernels, arguments)
+    y = run_by(kernels, low_rank_linear_population, *arguments)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected(*arguments), **closeness(dtype, kernels, rank))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("rows", [4, 66])
-def test_strides_do_not_matter(outputs_of, rng, kernels, rows):
+def test_strides_do_not_matter(run_by, rng, kernels, rows):
     x, weight, bias, left, right = made(rng, 2, rows, 64, 20, 3)
     strange = (
         x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
@@ -89,32 +61,32 @@ def test_strides_do_not_matter(outputs_of, rng, kernels, rows):
         left.mT.contiguous().mT,
         right[:1].expand(2, 64, 3),
     )
-    y = outputs_of(kernels, strange)
+    y = run_by(kernels, low_rank_linear_population, *strange)
     torch.testing.assert_close(y.double(), expected(*strange), **closeness(torch.float32, kernels, 3))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("rows", [4, 66])
-def test_wide_factors_keep_their_precision(outputs_of, rng, kernels, rows):
+def test_wide_factors_keep_their_precision(run_by, rng, kernels, rows):
     x, weight, bias, left, right = (torch.zeros_like(each) for each in made(rng, 2, rows, 64, 20, 1, torch.bfloat16))
     x[..., 0], right[:, 0], bias[:] = 3, 1, -3
     left = left.float() + 1 + 2.0**-10  # in bfloat16 it would be 1
-    y = outputs_of(kernels, (x, weight.float(), bias, left, right.float()))
+    y = run_by(kernels, low_rank_linear_population, x, weight.float(), bias, left, right.float())
     assert torch.equal(y, torch.full_like(y, 3 * 2.0**-10))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("shape", [(0, 5, 64, 20), (2, 0, 64, 20), (2, 5, 64, 0), (2, 5, 0, 20)], ids=str)
-def test_nothing_gives_nothing_and_no_inputs_give_the_bias(outputs_of, rng, kernels, shape):
+def test_nothing_gives_nothing_and_no_inputs_give_the_bias(run_by, rng, kernels, shape):
     arguments = made(rng, *shape, 2)
-    y = outputs_of(kernels, arguments)
+    y = run_by(kernels, low_rank_linear_population, *arguments)
     assert y.shape == (*shape[:2], shape[3])
     assert torch.equal(y, arguments[2][:, None].expand_as(y))
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_under_vmap_a_member_is_what_a_displaced_matrix_gives(monkeypatch, rng, kernels):
-    monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
+    monkeypatch.setenv(VARIABLE, kernels)
     x, weight, bias, left, right = made(rng, 3, 10, 64, 20, 2)
     inner = x.unflatten(1, (2, 5)).movedim(0, 2)  # (2, 5, P, I)
 
@@ -123,13 +95,13 @@ def test_under_vmap_a_member_is_what_a_displaced_matrix_gives(monkeypatch, rng, 
 
     y = vmap(layer(low_rank_linear), in_dims=(2, 0, 0, 0), out_dims=1)(inner, bias, left, right)
     truth = vmap(layer(multiplied), in_dims=(2, 0, 0, 0), out_dims=1)(inner, bias, left, right)
-    torch.testing.assert_close(y, truth, **EXACT)
+    torch.testing.assert_close(y, truth, **CLOSE)
     torch.testing.assert_close(
-        low_rank_linear(inner[:, :, 1], weight, bias[1], left[1], right[1]), truth[:, 1], **EXACT
+        low_rank_linear(inner[:, :, 1], weight, bias[1], left[1], right[1]), truth[:, 1], **CLOSE
     )
     shared = vmap(layer(low_rank_linear), in_dims=(None, None, 0, None))(x[0], None, left, right[0])
     own = [x[0], weight, None, left, right[:1].expand_as(right)]
-    torch.testing.assert_close(shared.double(), expected(*own), **EXACT)
+    torch.testing.assert_close(shared.double(), expected(*own), **CLOSE)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

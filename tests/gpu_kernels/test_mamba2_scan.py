@@ -1,20 +1,16 @@
 """Mamba-2's recurrence in one call: the Triton kernel and its plain twin against the model's own scan."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch.func import vmap
 
+from zoo_hf.kernels.choice import VARIABLE
 from zoo_hf.kernels.mamba2 import mamba2_scan, suits
 from zoo_hf.models.mamba2 import SSDInputs, ssd_scan
 
+from .conftest import DEVICE, every_backend, every_dtype, needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [
-    "plain",
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
-]
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # all is float32; sums are in another order
 
 
@@ -33,20 +29,13 @@ def made(rng, *shape, dtype=torch.float32):
 
 
 @pytest.fixture
-def scanned(monkeypatch):
-    """`scanned(kernels, arguments)`: what a backend returns, NaN where its kernel wrote nothing."""
-
-    def scan(kernels, arguments):
-        monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
-        with monkeypatch.context() as filled:
-            filled.setattr(torch, "empty", lambda *shape, **kind: torch.full(*shape, float("nan"), **kind))
-            return mamba2_scan(*arguments)
-
-    return scan
+def scanned(run_by):
+    """`scanned(kernels, arguments)`: what a backend returns."""
+    return lambda kernels, arguments: run_by(kernels, mamba2_scan, *arguments)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_backend
+@every_dtype
 @pytest.mark.parametrize("shape", [(2, 9, 2, 3, 8, 5), (1, 6, 1, 2, 40, 16), (3, 1, 2, 2, 7, 9)], ids=str)
 def test_outputs_and_state_are_those_of_the_models_scan(scanned, rng, kernels, dtype, shape):
     *inputs, rates, state = made(rng, *shape, dtype=dtype)
@@ -56,7 +45,7 @@ def test_outputs_and_state_are_those_of_the_models_scan(scanned, rng, kernels, d
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_two_halves_are_the_whole(scanned, rng, kernels):
     *inputs, rates, state = made(rng, 2, 7, 2, 2, 8, 6)
     outputs, after = scanned(kernels, (*inputs, rates, state))
@@ -65,13 +54,13 @@ def test_two_halves_are_the_whole(scanned, rng, kernels):
     torch.testing.assert_close((torch.cat([first, second], dim=1), last), (outputs, after), **CLOSE)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_a_step_of_zero_leaves_the_state_to_the_last_bit(scanned, rng, kernels):
     x, step, *others, state = made(rng, 2, 3, 2, 2, 8, 6)
     assert torch.equal(scanned(kernels, (x, torch.zeros_like(step), *others, state))[1], state)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("shape", [(2, 0, 2, 3, 8, 5), (0, 3, 2, 3, 8, 5)], ids=str)
 def test_nothing_to_read_leaves_the_state(scanned, rng, kernels, shape):
     arguments = made(rng, *shape)
@@ -80,14 +69,14 @@ def test_nothing_to_read_leaves_the_state(scanned, rng, kernels, shape):
     assert torch.equal(after, arguments[-1])
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_arguments_may_have_any_strides(scanned, rng, kernels):
     arguments = made(rng, 2, 5, 2, 3, 8, 5)
     strided = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in arguments]
     torch.testing.assert_close(scanned(kernels, strided), scanned(kernels, arguments), **CLOSE)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("columns", [1, 4, 32])
 def test_any_number_of_columns_in_a_program_gives_the_same(monkeypatch, scanned, rng, kernels, columns):
     if kernels == "triton":
@@ -98,10 +87,10 @@ def test_any_number_of_columns_in_a_program_gives_the_same(monkeypatch, scanned,
     torch.testing.assert_close(scanned(kernels, arguments), scanned("plain", arguments), **CLOSE)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("own_rates", [False, True], ids=["shared rates", "own rates"])
 def test_vmap_gives_each_member_its_own(monkeypatch, rng, kernels, own_rates):
-    monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
+    monkeypatch.setenv(VARIABLE, kernels)
     x, step, b, c, rates, states = made(rng, 3, 2, 4, 2, 2, 8, 5)  # of three members
     state = states[0]  # that they share
     rates = rates if own_rates else rates[0]
@@ -119,13 +108,13 @@ def test_doubles_are_scanned_plainly(scanned, rng):
     torch.testing.assert_close((outputs.float(), after.float()), scanned("plain", arguments), **CLOSE)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_it_suits_where_a_kernel_runs_and_nobody_asks_for_gradients(monkeypatch, rng):
     *inputs, rates, state = made(rng, 1, 2, 1, 1, 4, 4)
-    monkeypatch.setenv("ZOO_HF_KERNELS", "triton")
+    monkeypatch.setenv(VARIABLE, "triton")
     assert not suits(inputs, rates, state)
     with torch.no_grad():
         assert suits(inputs, rates, state)
         assert not suits(inputs, rates, state.double())
-        monkeypatch.setenv("ZOO_HF_KERNELS", "plain")
+        monkeypatch.setenv(VARIABLE, "plain")
         assert not suits(inputs, rates, state)

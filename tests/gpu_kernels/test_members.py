@@ -14,17 +14,21 @@ from zoo_hf.perturbation import probe
 from zoo_hf.population import forms_of_names, member_weights, probe_population
 from zoo_hf.probes import Probes
 
-from .test_displace import DEVICE, both  # noqa: F401
+from .conftest import DEVICE, HALVES, needs_triton
+
+
+pytestmark = needs_triton
 
 
 RADIUS = 2.0**-6
 MEMBERS = CentralDifference(RADIUS).members([Direction(0, 3, i) for i in range(2)])
-CELLS = [("lstm", 4), ("gru", 1), ("slstm", 2), ("elman", 1)]
+# heads, and whether logits are made: by their own kernels, whatever the cell
+CELLS = [("lstm", 2, True), ("gru", 1, False), ("slstm", 2, True), ("elman", 1, False)]
 
 
-def recurrent(cell_type="lstm", num_heads=4, **config):
+def recurrent(cell_type="lstm", num_heads=2, **config):
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "embedding_size": 24, "hidden_size": 32}
+    sizes = {"vocab_size": 40, "embedding_size": 12, "hidden_size": 20}
     return RNNForCausalLM(RNNConfig(cell_type=cell_type, num_heads=num_heads, **sizes, **config)).to(DEVICE).eval()
 
 
@@ -39,7 +43,7 @@ def trained(model):
 
 
 def loss_of(model, **arguments):
-    ids = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    ids = torch.randint(40, (2, 4), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     return lambda: model(input_ids=ids, labels=ids, use_cache=False, **arguments).loss
 
 
@@ -58,45 +62,44 @@ def near(found, expected, rtol=1e-3):
     assert expected.std() > 1e-4
 
 
-@pytest.mark.parametrize(("cell_type", "num_heads"), CELLS)
-@pytest.mark.parametrize("skip_logits", [False, True])
-def test_members_of_a_recurrent_model_have_the_losses_of_the_plain_way(both, cell_type, num_heads, skip_logits):  # noqa: F811
+@pytest.mark.parametrize(("cell_type", "num_heads", "skip_logits"), CELLS)
+def test_members_of_a_recurrent_model_have_the_losses_of_the_plain_way(both, cell_type, num_heads, skip_logits):
     model = recurrent(cell_type, num_heads)
-    (serial, population), (expected, _) = both(lambda: losses_of(model, skip_logits=skip_logits))
+    (serial, population), (expected, _) = both(losses_of, model, skip_logits=skip_logits)
     near(serial, expected)
     near(population, expected)
 
 
 @pytest.mark.parametrize("distribution", ["gaussian", "low_rank", "low_rank_gaussian"])
-def test_other_directions_have_the_losses_of_the_plain_way(both, distribution):  # noqa: F811
+def test_other_directions_have_the_losses_of_the_plain_way(both, distribution):
     model = recurrent()
-    (serial, population), (expected, _) = both(lambda: losses_of(model, distribution, skip_logits=True))
+    (serial, population), (expected, _) = both(losses_of, model, distribution, skip_logits=True)
     near(serial, expected)
     near(population, expected)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_members_of_a_transformer_have_the_losses_of_the_plain_way(both, adapter):  # noqa: F811
+def test_members_of_a_transformer_have_the_losses_of_the_plain_way(both, adapter):
     model = llama()
     if adapter:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
         model = model.to(DEVICE).eval()
-    (serial, population), (expected, _) = both(lambda: losses_of(model))
+    (serial, population), (expected, _) = both(losses_of, model)
     near(serial, expected)
     near(population, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float32_as_the_plain_way_is(both, dtype):  # noqa: F811
-    (exact, _), _ = both(lambda: losses_of(recurrent(), skip_logits=True))
-    (serial, population), (plain, _) = both(lambda: losses_of(recurrent().to(dtype), skip_logits=True))
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_is_as_near_to_float32_as_the_plain_way_is(run_by, both, dtype):
+    exact, _ = run_by("plain", losses_of, recurrent("gru", 1), skip_logits=True)
+    (serial, population), (plain, _) = both(losses_of, recurrent("gru", 1).to(dtype), skip_logits=True)
     error = (plain - exact).std()
     for found in (serial, population):
         assert (found - exact).std() < max(2 * error, 0.1 * exact.std())
 
 
-def test_under_autocast_a_population_has_its_serial_losses(both):  # noqa: F811
-    model = recurrent()
+def test_under_autocast_a_population_has_its_serial_losses(both):
+    model = recurrent("gru", 1)
 
     def run():
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -126,8 +129,8 @@ def test_a_power_of_two_that_weights_feel_is_multiplied_once(monkeypatch):
         assert set(forms.values()) == {form}
 
 
-def test_members_of_several_steps_are_stacked(both):  # noqa: F811
-    model, objective = recurrent(), loss_of(recurrent())
+def test_members_of_several_steps_are_stacked(both):
+    model = recurrent()
     members = CentralDifference(RADIUS).members([Direction(0, 3, 0), Direction(0, 4, 0)])
 
     def run():
@@ -135,14 +138,13 @@ def test_members_of_several_steps_are_stacked(both):  # noqa: F811
         with torch.inference_mode():
             return probe_population(loss_of(model), trained(model), members, RADIUS, **way)
 
-    assert objective
     near(*both(run))
 
 
 @pytest.mark.parametrize("choice", ["auto", "population"])
 def test_what_a_population_takes_is_counted(monkeypatch, choice):
     monkeypatch.setenv(VARIABLE, "triton")
-    model, probes = recurrent(), Probes(choice)
+    model, probes = recurrent("elman", 1), Probes(choice)
     members = CentralDifference(RADIUS).members([Direction(0, 3, i) for i in range(8)])
     with torch.inference_mode():
         found = probes.losses(
@@ -155,7 +157,7 @@ def test_what_a_population_takes_is_counted(monkeypatch, choice):
 def test_a_run_by_these_kernels_is_replayed_by_the_plain_ones(monkeypatch, trainer, tmp_path):
     monkeypatch.setenv(VARIABLE, "triton")
     model = tiny_lstm()
-    trainer(model, texts(8), max_steps=2, num_directions=2, probes="population", use_cpu=DEVICE == "cpu").train()
+    trainer(model, texts(8, 4), max_steps=2, num_directions=2, probes="population", use_cpu=DEVICE == "cpu").train()
     monkeypatch.setenv(VARIABLE, "plain")
     again = tiny_lstm()
     replay(again, tmp_path / "trajectory.zoo")

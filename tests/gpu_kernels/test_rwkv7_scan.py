@@ -8,16 +8,14 @@ import torch.nn.functional as F
 from torch.func import vmap
 
 from zoo_hf.kernels import rwkv7
+from zoo_hf.kernels.choice import VARIABLE
 from zoo_hf.kernels.rwkv7 import preferred, rwkv7_scan, suits
 from zoo_hf.models.rwkv7 import Steps
 from zoo_hf.models.rwkv7 import rwkv7_scan as models_scan
 
+from .conftest import DEVICE, every_backend, every_dtype, needs_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = [
-    "plain",
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")),
-]
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # all is float32; sums are in another order
 
 
@@ -35,20 +33,13 @@ def made(rng, *shape, dtype=torch.float32):
 
 
 @pytest.fixture
-def scanned(monkeypatch):
-    """`scanned(kernels, arguments)`: what a backend returns, NaN where its kernel wrote nothing."""
-
-    def scan(kernels, arguments):
-        monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
-        with monkeypatch.context() as filled:
-            filled.setattr(torch, "empty", lambda *shape, **kind: torch.full(*shape, float("nan"), **kind))
-            return rwkv7_scan(*arguments)
-
-    return scan
+def scanned(run_by):
+    """`scanned(kernels, arguments)`: what a backend returns."""
+    return lambda kernels, arguments: run_by(kernels, rwkv7_scan, *arguments)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@every_backend
+@every_dtype
 @pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 12, 2, 20), (3, 1, 1, 64), (2, 3, 1, 5)], ids=str)
 def test_outputs_and_state_are_those_of_the_models_scan(scanned, rng, kernels, dtype, shape):
     *steps, state = made(rng, *shape, dtype=dtype)
@@ -59,7 +50,7 @@ def test_outputs_and_state_are_those_of_the_models_scan(scanned, rng, kernels, d
     assert torch.equal(state, before)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_two_halves_are_the_whole(scanned, rng, kernels):
     *steps, state = made(rng, 2, 7, 2, 16)
     outputs, after = scanned(kernels, (*steps, state))
@@ -68,14 +59,14 @@ def test_two_halves_are_the_whole(scanned, rng, kernels):
     torch.testing.assert_close((torch.cat([first, second], dim=1), last), (outputs, after), **CLOSE)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_a_held_token_leaves_the_state_to_the_last_bit(scanned, rng, kernels):
     *steps, state = made(rng, 2, 3, 2, 8)
     held = Steps(*steps).held(torch.zeros(2, 3, dtype=torch.bool, device=DEVICE))
     assert torch.equal(scanned(kernels, (*held, state))[1], state)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("shape", [(2, 0, 2, 8), (0, 3, 2, 8)], ids=str)
 def test_nothing_to_read_leaves_the_state(scanned, rng, kernels, shape):
     arguments = made(rng, *shape)
@@ -84,14 +75,14 @@ def test_nothing_to_read_leaves_the_state(scanned, rng, kernels, shape):
     assert torch.equal(after, arguments[-1])
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_arguments_may_have_any_strides(scanned, rng, kernels):
     arguments = made(rng, 2, 5, 3, 8)
     strided = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in arguments]
     torch.testing.assert_close(scanned(kernels, strided), scanned(kernels, arguments), **CLOSE)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 @pytest.mark.parametrize("columns", [1, 4, 32])
 def test_any_number_of_columns_in_a_program_gives_the_same(monkeypatch, scanned, rng, kernels, columns):
     if kernels == "triton":
@@ -102,9 +93,9 @@ def test_any_number_of_columns_in_a_program_gives_the_same(monkeypatch, scanned,
     torch.testing.assert_close(scanned(kernels, arguments), scanned("plain", arguments), **CLOSE)
 
 
-@pytest.mark.parametrize("kernels", BACKENDS)
+@every_backend
 def test_vmap_gives_each_member_its_own(monkeypatch, rng, kernels):
-    monkeypatch.setenv("ZOO_HF_KERNELS", kernels)
+    monkeypatch.setenv(VARIABLE, kernels)
     *steps, states = made(rng, 3, 2, 4, 2, 8)  # of three members
     steps[3] = steps[3].movedim(0, 2)
     state = states[0]  # that they share
@@ -127,15 +118,15 @@ def test_flas_scan_runs_only_where_it_is_asked_for(rng):
     assert preferred(steps, state.double()) == ["plain"]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@needs_triton
 def test_it_suits_where_a_kernel_runs_and_nobody_asks_for_gradients(monkeypatch, rng):
     *steps, state = made(rng, 1, 2, 1, 4)
-    monkeypatch.setenv("ZOO_HF_KERNELS", "triton")
+    monkeypatch.setenv(VARIABLE, "triton")
     assert not suits(steps, state)
     with torch.no_grad():
         assert suits(steps, state)
         assert not suits(steps, state.double())
-        monkeypatch.setenv("ZOO_HF_KERNELS", "plain")
+        monkeypatch.setenv(VARIABLE, "plain")
         assert not suits(steps, state)
 
 
@@ -150,5 +141,4 @@ def test_outputs_of_fla_are_the_same(monkeypatch, scanned, rng, dtype):
     first = lambda self, fn, names, configs, *rest, **named: prepare(self, fn, names, configs[:1], *rest, **named)  # noqa: E731
     monkeypatch.setattr(Autotuner, "__init__", first)
     arguments = made(rng, 2, 9, 3, 8, dtype=dtype)
-    monkeypatch.setenv("ZOO_HF_KERNELS", "fla")
-    torch.testing.assert_close(rwkv7_scan(*arguments), scanned("plain", arguments), **CLOSE)
+    torch.testing.assert_close(scanned("fla", arguments), scanned("plain", arguments), **CLOSE)

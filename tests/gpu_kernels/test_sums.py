@@ -12,7 +12,10 @@ from zoo_hf.kernels.choice import VARIABLE
 from zoo_hf.noise import Direction, entries
 from zoo_hf.update import Update
 
-from .test_displace import DEVICE, HALVES, LARGE, both  # noqa: F401
+from .conftest import DEVICE, HALVES, LARGE, every_backend, every_dtype, needs_triton
+
+
+pytestmark = needs_triton
 
 
 NAMES = torch.tensor([[LARGE, 5, 0], [LARGE, 5, 7], [LARGE, 5, 2**31 + 3]], device=DEVICE)
@@ -28,9 +31,9 @@ RULES = {  # lr, momentum, dampening, weight decay, share of clipping, Nesterov'
 
 @pytest.mark.parametrize("numel", [0, 1, 129, 8193])
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
-def test_the_sum_in_registers_is_that_of_the_twin(both, numel, distribution):  # noqa: F811
+def test_the_sum_in_registers_is_that_of_the_twin(both, numel, distribution):
     arguments = NAMES, COEFFICIENTS, "w", numel, distribution, torch.float32
-    found, expected = both(lambda: torch.ops.zoo_hf.weighted_sum(*arguments))
+    found, expected = both(torch.ops.zoo_hf.weighted_sum, *arguments)
     if distribution == "rademacher":
         assert torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-6)
@@ -41,11 +44,11 @@ def test_the_sum_in_registers_is_that_of_the_twin(both, numel, distribution):  #
     torch.testing.assert_close(found.cpu(), alone, rtol=1e-5, atol=3e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@every_dtype
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of Triton's interpreter
-def test_the_fused_step_is_that_of_the_twin(both, rng, dtype, rule, distribution):  # noqa: F811
+def test_the_fused_step_is_that_of_the_twin(both, rng, dtype, rule, distribution):
     start = torch.randn(2, 700, generator=rng).to(DEVICE, dtype)
     start[0, 3:6] = torch.tensor([torch.inf, -torch.inf, torch.nan])
 
@@ -96,19 +99,16 @@ def trained(options, dtype, steps=3, clip=None):
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("clip", [None, 3.0])
-def test_an_update_in_one_pass_is_that_of_torchs_sgd(monkeypatch, options, clip):
-    monkeypatch.setenv(VARIABLE, "plain")
-    expected, momentum = trained(options, torch.float32, clip=clip)
-    monkeypatch.setenv(VARIABLE, "triton")
-    found, kept = trained(options, torch.float32, clip=clip)
+def test_an_update_in_one_pass_is_that_of_torchs_sgd(both, options, clip):
+    (found, kept), (expected, momentum) = both(trained, options, torch.float32, clip=clip)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(kept, momentum, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["triton", "plain"])
+@every_backend
 @pytest.mark.parametrize("options", OPTIONS[:2])
-def test_bfloat16_weights_follow_those_of_float32_on_average(monkeypatch, backend, options):
-    monkeypatch.setenv(VARIABLE, backend)
+def test_bfloat16_weights_follow_those_of_float32_on_average(monkeypatch, kernels, options):
+    monkeypatch.setenv(VARIABLE, kernels)
     start = nn.Parameter(torch.ones(4000, device=DEVICE, dtype=torch.bfloat16))
     lr = 1e-4 * (1 - options.get("momentum", 0.0))
     update = Update(torch.optim.SGD([start], lr=lr, **options), {start: "w"})

@@ -1,5 +1,7 @@
 """Triton kernels of `displace_` and `displaced_members`.
 
+A program has as many entries as keep its threads' stores wide and its noise, made once, in registers.
+
 Letters: P members, M entries.
 """
 
@@ -8,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...noise import Direction, parameter_id
+from .devices import on_device_of
 from .noise import NAMES, normals, plus_minus, rounded, signed
 
 
@@ -22,17 +25,13 @@ def launch(
     if not out.numel():
         return
     first, skipped = divmod(start, ENTRIES[kind])
-    displace_kernel[(triton.cdiv(skipped + out.numel(), BLOCKS[kind] * ENTRIES[kind]),)](
-        out,
-        weights,
-        scale,
-        out.numel(),
-        first,
-        skipped,
-        *map(signed, (parameter_id(name), direction.step, direction.seed, direction.index)),
-        BLOCKS=BLOCKS[kind],
-        GAUSSIAN=kind == "gaussian",
-    )
+    with on_device_of(out):
+        displace_kernel[(triton.cdiv(skipped + out.numel(), BLOCKS[kind] * ENTRIES[kind]),)](
+            *(out, weights, scale, out.numel(), first, skipped),
+            *map(signed, (parameter_id(name), direction.step, direction.seed, direction.index)),
+            BLOCKS=BLOCKS[kind],
+            GAUSSIAN=kind == "gaussian",
+        )
 
 
 def launch_members(
@@ -42,16 +41,13 @@ def launch_members(
     if not out.numel():
         return
     seed, step, parameter = name
-    members_kernel[(triton.cdiv(len(weights), BLOCKS[kind] * ENTRIES[kind]), len(out))](
-        out,
-        weights,
-        index,
-        scale,
-        len(weights),
-        *map(signed, (parameter_id(parameter), step, seed)),
-        BLOCKS=BLOCKS[kind],
-        GAUSSIAN=kind == "gaussian",
-    )
+    with on_device_of(out):
+        members_kernel[(triton.cdiv(len(weights), BLOCKS[kind] * ENTRIES[kind]), len(out))](
+            *(out, weights, index, scale, len(weights)),
+            *map(signed, (parameter_id(parameter), step, seed)),
+            BLOCKS=BLOCKS[kind],
+            GAUSSIAN=kind == "gaussian",
+        )
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """The Triton kernel of `perturbed_embedding_population`: signs are made for the rows that are looked up.
 
+A tile is few tokens and as many columns as a Philox block has entries, so that a block is made once for each token.
+
 Letters: P members, T tokens of each, V rows of W, E columns.
 """
 
@@ -7,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import columns, signed_tile
-from .noise import rounded
+from .devices import on_device_of
+from .noise import NAMES, rounded, signed_tile
+from .tiles import columns
 
 
 TOKENS = 16  # of one program
@@ -21,21 +24,18 @@ def launch(y: Tensor, ids: Tensor, weight: Tensor, index: Tensor, scale: Tensor,
         return
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     length = 64 if width % 128 else 128
-    embedding_kernel[(members * triton.cdiv(tokens, TOKENS), triton.cdiv(width, length))](
-        y,
-        ids,
-        weight,
-        index.contiguous(),
-        scale.contiguous(),
-        *(tokens, width, *ids.stride(), weight.stride(0)),
-        *name,
-        TOKENS=TOKENS,
-        COLUMNS=length,
-        ALIGNED=width % length == 0,
-    )
+    with on_device_of(y):
+        embedding_kernel[(members * triton.cdiv(tokens, TOKENS), triton.cdiv(width, length))](
+            *(y, ids, weight, index.contiguous(), scale.contiguous()),
+            *(tokens, width, *ids.stride(), weight.stride(0)),
+            *name,
+            TOKENS=TOKENS,
+            COLUMNS=length,
+            ALIGNED=width % length == 0,
+        )
 
 
-@triton.jit(do_not_specialize=["tokens", "ids_member", "ids_token", "parameter", "step", "seed"])
+@triton.jit(do_not_specialize=["tokens", "ids_member", "ids_token", *NAMES[:3]])
 def embedding_kernel(
     y,
     ids,

@@ -1,5 +1,8 @@
 """The Triton kernel of `head_loss_population`: one walk over the vocabulary with an online log Σ exp.
 
+A tile of logits has as many rows as registers allow, as signs are made again for each tile of them, and few columns:
+they are summed up at once. Where rows are few, parts of the vocabulary are walked by programs of their own.
+
 Letters: P members, K rows of hidden states, D their width, V vocabulary, S parts of the vocabulary.
 """
 
@@ -9,10 +12,11 @@ import triton.language as tl
 
 from ...noise import parameter_id
 from ..head_loss import IGNORED
-from .noise import NAMES, in_order, philox, signed
+from .devices import on_device_of
+from .noise import NAMES, signed, signed_tile
+from .tiles import add_product, add_shared, columns
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 PROGRAMS = 264  # two for each multiprocessor of an H100: with fewer the vocabulary is split
 
 
@@ -37,23 +41,21 @@ def launch(
     tile = tile_of(length, vocabulary, width, hidden.dtype)
     grid, part = parts(members, length, vocabulary, tile)
     sums = torch.empty(grid[2], members, length, dtype=torch.float32, device=hidden.device)
-    head_loss_kernel[grid](
-        hidden,
-        weight,
-        *(each if each is None else each.contiguous() for each in (bias, index, scale)),
-        targets,
-        sums,
-        picked,
-        *(length, vocabulary, width, part),
-        *hidden.stride()[:2],
-        *(weight.stride()[:2] if weight.dim() == 3 else (0, weight.stride(0))),
-        vocabulary if own_bias else 0,
-        *targets.stride(),
-        *map(signed, (parameter_id(name), step, seed)),
-        FITS=width % tile["DEPTH"] == 0,
-        IGNORED=IGNORED,
-        **tile,
-    )
+    with on_device_of(hidden):
+        head_loss_kernel[grid](
+            *(hidden, weight),
+            *(each if each is None else each.contiguous() for each in (bias, index, scale)),
+            *(targets, sums, picked),
+            *(length, vocabulary, width, part),
+            *hidden.stride()[:2],
+            *(weight.stride()[:2] if weight.dim() == 3 else (0, weight.stride(0))),
+            vocabulary if own_bias else 0,
+            *targets.stride(),
+            *map(signed, (parameter_id(name), step, seed)),
+            ALIGNED=width % tile["DEPTH"] == 0,
+            IGNORED=IGNORED,
+            **tile,
+        )
     return torch.logsumexp(sums, 0).sub_(picked).masked_fill_(targets == IGNORED, 0.0)
 
 
@@ -108,7 +110,7 @@ def head_loss_kernel(
     parameter,
     step,
     seed,
-    FITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     IGNORED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -120,7 +122,8 @@ def head_loss_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < length
     target = tl.load(targets + member * targets_member + row * targets_row, mask=there, other=IGNORED)
-    lines = hidden + member * hidden_member + row * hidden_row  # (ROWS,)
+    # what is beyond the last row or column is computed as that one is, and does not count
+    x_at = hidden + member * hidden_member + tl.minimum(row, length - 1) * hidden_row  # (ROWS,)
     begin = tl.program_id(2) * part
     end = tl.minimum(begin + part, vocabulary)
     highest = tl.full((ROWS,), -3.4e38, dtype=tl.float32)  # finite: a whole tile may be −∞
@@ -132,10 +135,10 @@ def head_loss_kernel(
         logits = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if index is not None:  # Z before W, so that one sum serves both and s is exact
             start, number = column.to(tl.int64) * width, tl.load(index + member).to(tl.int32)
-            logits = add_signed(logits, lines, there, start, width, parameter, step, seed, number, FITS, DEPTH, STAGES)
+            logits = add_signed(logits, x_at, start, width, parameter, step, seed, number, DEPTH, ALIGNED, STAGES)
             logits *= tl.load(scale + member)
-        matrix = weight + member * weight_member + column.to(tl.int64) * weight_row  # (COLUMNS,)
-        logits = add_shared(logits, lines, there, matrix, within, width, FITS, DEPTH, STAGES)
+        weight_at = weight + member * weight_member + tl.minimum(column, vocabulary - 1).to(tl.int64) * weight_row
+        logits = add_shared(logits, x_at, weight_at, width, DEPTH, ALIGNED, STAGES)
         if bias is not None:
             own = tl.load(bias + member * bias_member + column, mask=within, other=0.0)
             logits += own.to(tl.float32)[None, :]
@@ -153,86 +156,20 @@ def head_loss_kernel(
 @triton.jit
 def add_signed(
     total,
-    lines,
-    there,
+    x_at,
     start,
     width,
     parameter,
     step,
     seed,
     index,
-    FITS: tl.constexpr,
     DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """total + x Zᵀ, (ROWS, COLUMNS) float32; rows of Z begin at the entries `start` (COLUMNS,); see `tile_at`."""
+    """total + x Zᵀ, (ROWS, COLUMNS) float32; rows of Z begin at the entries `start` (COLUMNS,)."""
     for first in tl.range(0, width, DEPTH, num_stages=STAGES):
-        x = tile_at(lines, there, first, width, FITS, DEPTH)  # 0 where a row of Z has ended
-        z = signs_of(start + first, DEPTH, FITS, x.dtype, parameter, step, seed, index)
+        x = columns(x_at, first, width, DEPTH, ALIGNED)  # 0 where a row of Z has ended
+        z = signed_tile(start + first, 1.0, x.dtype, DEPTH, ALIGNED, parameter, step, seed, index)
         total = add_product(total, x, z.T)
     return total
-
-
-@triton.jit
-def add_shared(
-    total, lines, there, matrix, within, width, FITS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr
-):
-    """total + x Wᵀ, (ROWS, COLUMNS) float32; see `tile_at`."""
-    for first in tl.range(0, width, DEPTH, num_stages=STAGES):
-        w = tile_at(matrix, within, first, width, FITS, DEPTH)
-        total = add_product(total, tile_at(lines, there, first, width, FITS, DEPTH), w.T)
-    return total
-
-
-@triton.jit
-def tile_at(lines, there, first, width, FITS: tl.constexpr, DEPTH: tl.constexpr):
-    """Entries first … first + DEPTH − 1 of rows that start at the pointers `lines` (R,), zeros if not `there`."""
-    place = first + tl.arange(0, DEPTH)
-    mask = there[:, None] if FITS else there[:, None] & (place < width)[None, :]
-    return tl.load(lines[:, None] + place[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def add_product(total, left, right):
-    """total + left right in float32."""
-    if INTERPRETED:  # it would multiply the bits of bfloat16 as integers
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision="ieee")
-
-
-@triton.jit
-def signs_of(start, DEPTH: tl.constexpr, FITS: tl.constexpr, dtype: tl.constexpr, parameter, step, seed, index):
-    """±1 of entries start[r] + 0 … DEPTH − 1 for every row r, (R, DEPTH).
-
-    Args:
-        start: (R,) int64.
-        FITS: every start is a multiple of DEPTH: a row is in one block. If not, DEPTH is at most 32.
-    """
-    block, place = (start // 128).to(tl.int32), (start % 128).to(tl.int32)
-    w0, w1, w2, w3 = philox(block, 0, parameter, step, seed, index)
-    if DEPTH == 128:
-        words = in_order(w0, w1, w2, w3)  # (R, 4)
-    elif DEPTH == 64:
-        words = tl.join(tl.where(place == 0, w0, w2), tl.where(place == 0, w1, w3))  # (R, 2)
-    else:
-        word = nth(place // 32, w0, w1, w2, w3) >> place % 32
-        if not FITS:
-            after, _, _, _ = philox(block + 1, 0, parameter, step, seed, index)
-            word |= nth(place // 32, w1, w2, w3, after) << 1 << 31 - place % 32  # 32 at once would be undefined
-        words = tl.join(word, word >> DEPTH // 2)  # joined, as otherwise each thread would make its rows' blocks
-    each: tl.constexpr = DEPTH // words.shape[1]
-    bits = (words[:, :, None] >> tl.arange(0, each)[None, None, :].to(tl.uint32)) & 1
-    bits = bits.reshape(start.shape[0], DEPTH)
-    # the sign is the first bit of a number: faster than to choose or to convert
-    if dtype == tl.float32:
-        return ((bits << 31) ^ 0xBF800000).to(dtype, bitcast=True)
-    elif dtype == tl.bfloat16:
-        return ((bits << 15) ^ 0xBF80).to(tl.uint16).to(dtype, bitcast=True)
-    else:
-        return ((bits << 15) ^ 0xBC00).to(tl.uint16).to(dtype, bitcast=True)
-
-
-@triton.jit
-def nth(place, w0, w1, w2, w3):
-    """The word at each of the places 0 … 3."""
-    return tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))

@@ -1,5 +1,8 @@
 """The Triton kernel of `low_rank_linear_population`: both skinny products in the program that multiplies by W.
 
+A tile of y is computed transposed, as `linear_kernel` does. It is tall, as programs of the same rows all compute x B,
+and wide enough for the tensor cores.
+
 Letters: P members, K rows of each, I inputs, O outputs, r the rank.
 """
 
@@ -8,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import FEW_ROWS, Tile, add_product, columns, place, run
+from .devices import on_device_of
+from .linear import FEW_ROWS, Tile, run
 from .noise import rounded
+from .tiles import add_product, columns, place, store_outputs
 
 
 RANK = 16  # what tensor cores multiply at least: smaller ranks are filled up with zeros
@@ -36,27 +41,22 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tens
     x, weight = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, weight))
     factor = x.new_zeros(members, RANK, inputs)
     factor[:, : right.shape[2]] = right.mT  # its rows are read as those of x are
-    low_rank_kernel[(members * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)](
-        y,
-        x,
-        weight,
-        bias,
-        shared,
-        left,
-        factor,
-        *(members, rows, outputs, inputs),
-        *(x.stride(0), x.stride(1), weight.stride(0)),
-        *((0, 0) if bias is None else bias.stride()),
-        *left.stride(),
-        TAKEN=left.shape[2],
-        RANK=RANK,
-        ALIGNED=inputs % tile.inputs == 0,
-        OUTPUTS=tile.outputs,
-        ROWS=tile.rows,
-        INPUTS=tile.inputs,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-    )
+    with on_device_of(y):
+        low_rank_kernel[(members * triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)](
+            *(y, x, weight, bias, shared, left, factor),
+            *(members, rows, outputs, inputs),
+            *(x.stride(0), x.stride(1), weight.stride(0)),
+            *((0, 0) if bias is None else bias.stride()),
+            *left.stride(),
+            TAKEN=left.shape[2],
+            RANK=RANK,
+            ALIGNED=inputs % tile.inputs == 0,
+            OUTPUTS=tile.outputs,
+            ROWS=tile.rows,
+            INPUTS=tile.inputs,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
 
 
 @triton.jit(do_not_specialize=["members", "rows"])
@@ -108,13 +108,7 @@ def low_rank_kernel(
     a_at = left + member * left_member + own[:, None] * left_output + column[None, :] * left_column
     a = tl.load(a_at, mask=column[None, :] < TAKEN, other=0.0)  # (OUTPUTS, RANK)
     y_t = add_factors(y_t, a, rounded(projected, x.dtype.element_ty).T)
-    if bias is not None:
-        y_t += tl.load(bias + member * bias_member + own * bias_output).to(tl.float32)[:, None]
-    at = (member * rows + row)[:, None] * outputs + output[None, :]  # (ROWS, OUTPUTS)
-    there = (row < rows)[:, None] & (output < outputs)[None, :]
-    if shared is not None:
-        y_t += tl.load(shared + at, mask=there, other=0.0).T
-    tl.store(y + at, rounded(y_t, y.dtype.element_ty).T, mask=there)
+    store_outputs(y, y_t, shared, bias, bias_member, bias_output, member, row, output, rows, outputs)
 
 
 @triton.jit

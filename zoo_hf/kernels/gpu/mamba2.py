@@ -1,5 +1,7 @@
 """The Triton kernel of `mamba2_scan`: one launch for all tokens, columns of a head's state in the registers of a warp.
 
+A tile is all rows of the state and some columns: sums over rows stay in a warp, and columns never meet.
+
 Letters: B sequences, T tokens of each, G groups of R heads of P values, N state size.
 """
 
@@ -7,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .devices import on_device_of
 from .rwkv7 import columns_of
 
 
@@ -22,20 +25,16 @@ def launch(
         return outputs, after
     matrices, rows = batch * groups * heads, triton.next_power_of_2(size)
     columns = columns_of(matrices, values, rows)
-    mamba2_kernel[(matrices, triton.cdiv(values, columns))](
-        *(each.contiguous() for each in (x, step, b, c, rates, state)),
-        outputs,
-        after,
-        tokens,
-        groups,
-        heads,
-        values,
-        size,
-        groups * heads if rates.dim() == 3 else 0,
-        SIZE=rows,
-        VALUES=columns,
-        num_warps=1,  # sums over the state never leave it
-    )
+    with on_device_of(x):
+        mamba2_kernel[(matrices, triton.cdiv(values, columns))](
+            *(each.contiguous() for each in (x, step, b, c, rates, state)),
+            *(outputs, after),
+            *(tokens, groups, heads, values, size),
+            groups * heads if rates.dim() == 3 else 0,
+            SIZE=rows,
+            VALUES=columns,
+            num_warps=1,  # sums over the state never leave it
+        )
     return outputs, after
 
 

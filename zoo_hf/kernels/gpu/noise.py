@@ -1,13 +1,15 @@
-"""Noise in registers: Philox4x32-10, signs and normals as functions that Triton kernels call.
+"""Noise in registers: signs and normals as functions that Triton kernels call.
 
-Integers of counters and keys are signed 32-bit ones with the bits of the unsigned, see `signed`: for larger types a
-kernel would be compiled anew.
+Signs are made for neighbouring blocks (`plus_minus`) or for rows that begin anywhere in a parameter: as numbers that
+tensor cores multiply or that are added (`signed_tile`), or as bits (`row_signs`).
 
-Letters: K blocks.
+Letters: K blocks, R rows of C = COLUMNS entries, W words of a row.
 """
 
 import triton
 import triton.language as tl
+
+from .philox import in_order, philox
 
 
 NAMES = ("parameter", "step", "seed", "index")  # arguments of kernels that take no part in what is compiled
@@ -19,44 +21,102 @@ def signed(number: int) -> int:
 
 
 @triton.jit
-def philox(block, purpose, parameter, step, seed, index):
-    """The four words of every block, uint32 in the blocks' shape; arguments are int32 tensors or scalars."""
-    c0, c1, c2, c3 = block.to(tl.uint32), tl.cast(purpose, tl.uint32), parameter.to(tl.uint32), step.to(tl.uint32)
-    k0, k1 = seed.to(tl.uint32), index.to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, high1 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, c2 * 0xCD9E8D57, high0 ^ c3 ^ k1, c0 * 0xD2511F53
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def in_order(first, second, third, fourth):
-    """Four tensors (K,) as (K, 4)."""
-    return tl.join(tl.join(first, third), tl.join(second, fourth)).reshape(first.shape[0], 4)
-
-
-@triton.jit
-def signs(block, parameter, step, seed, index):
-    """The bits, 1 for +1 and 0 for −1, of the entries of K neighbouring blocks, (128 K) int32."""
-    w0, w1, w2, w3 = philox(block, 0, parameter, step, seed, index)
-    words = in_order(w0, w1, w2, w3)  # (K, 4)
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :].to(tl.uint32)) & 1  # (K, 4, 32)
-    return bits.to(tl.int32).reshape(block.shape[0] * 128)
-
-
-@triton.jit
 def plus_minus(value, block, parameter, step, seed, index):
-    """±value with the signs of the entries of K neighbouring blocks, (128 K) float32; value is a float32 scalar."""
+    """±value, float32, with the signs of K neighbouring blocks, (128 K): for a part of a parameter."""
     w0, w1, w2, w3 = philox(block, 0, parameter, step, seed, index)
-    return flipped(value, in_order(w0, w1, w2, w3)).reshape(block.shape[0] * 128)
+    return flipped(value, in_order(w0, w1, w2, w3), 32).reshape(block.shape[0] * 128)
 
 
 @triton.jit
-def flipped(value, words):
-    """value where a bit of words (K, 4) is 1 and −value where it is 0, (K, 4, 32) float32: three instructions each."""
-    plus = (words[:, :, None] << (31 - tl.arange(0, 32)[None, None, :]).to(tl.uint32)) & 0x80000000
+def flipped(value, words, EACH: tl.constexpr):
+    """value where one of the EACH lower bits of words (R, W) is 1 and −value where it is 0, (R, W, EACH) float32."""
+    places = 31 - tl.arange(0, EACH).to(tl.uint32)
+    plus = words[:, :, None] << places[None, None, :] & 0x80000000
     return (plus ^ tl.cast(-value, tl.float32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def signed_tile(
+    start, unit, dtype: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, parameter, step, seed, index
+):
+    """± unit for entries start[r] + 0 … C − 1 of every row, (R, C): what is multiplied, or added to weights.
+
+    Args:
+        start: (R,) int64.
+        unit: exact in dtype.
+        COLUMNS: C, 16, 32, 64 or 128.
+        ALIGNED: all starts are multiples of C: a row is in one block.
+    """
+    words = words_at(start, COLUMNS, ALIGNED, parameter, step, seed, index)
+    each: tl.constexpr = COLUMNS // words.shape[1]
+    if dtype == tl.float32:
+        z = flipped(unit, words, each)
+    else:
+        z = halved(words, tl.cast(-unit, dtype).to(tl.uint16, bitcast=True).to(tl.uint32), each)
+    return z.reshape(start.shape[0], COLUMNS).to(dtype, bitcast=True)
+
+
+@triton.jit
+def halved(words, minus, EACH: tl.constexpr):
+    """The 16 bits of ± unit for each of the EACH lower bits of words (R, W), in two instructions for each pair.
+
+    Entries 2k and 2k + 1 of a half word become the signs of the two halves of one word.
+    """
+    # of each half word the even bits go to the lower half and the odd ones to the same places of the upper
+    lower = (words & 0xFFFF) | (words << 15 & 0xFFFF0000)
+    if EACH == 32:
+        upper = (words >> 16) | (words >> 1 & 0xFFFF0000)
+        lower = tl.join(lower, upper).reshape(words.shape[0], 2 * words.shape[1])
+    pairs_of_each: tl.constexpr = 8 if EACH == 32 else EACH // 2
+    places = 15 - 2 * tl.arange(0, pairs_of_each).to(tl.uint32)
+    pairs = (lower[:, :, None] << places[None, None, :] & 0x80008000) ^ (minus | minus << 16)
+    return tl.join((pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16))
+
+
+@triton.jit
+def row_signs(start, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, parameter, step, seed, index):
+    """The bits, 1 for +1 and 0 for −1, of the same entries, (R, C) int32: where what they choose is no number."""
+    words = words_at(start, COLUMNS, ALIGNED, parameter, step, seed, index)
+    each: tl.constexpr = COLUMNS // words.shape[1]
+    bits = (words[:, :, None] >> tl.arange(0, each)[None, None, :].to(tl.uint32)) & 1
+    return bits.to(tl.int32).reshape(start.shape[0], COLUMNS)
+
+
+@triton.jit
+def words_at(start, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, parameter, step, seed, index):
+    """The bits of entries start[r] + 0 … C − 1 of every row, (R, W): C / W lower bits of each word, W ≥ 2."""
+    block, skipped = (start // 128).to(tl.int32), (start % 128).to(tl.uint32)
+    w0, w1, w2, w3 = philox(block, 0, parameter, step, seed, index)
+    w4, w5, w6, w7 = w0, w1, w2, w3  # that an aligned row does not reach
+    if not ALIGNED:
+        w4, w5, w6, w7 = philox(block + 1, 0, parameter, step, seed, index)
+    # go on by two words, by one, and by bits, as far as starts differ
+    if not ALIGNED or COLUMNS < 128:
+        by_two = skipped >= 64
+        w0, w1, w2 = tl.where(by_two, w2, w0), tl.where(by_two, w3, w1), tl.where(by_two, w4, w2)
+        w3, w4, w5 = tl.where(by_two, w5, w3), tl.where(by_two, w6, w4), tl.where(by_two, w7, w5)
+    if not ALIGNED or COLUMNS < 64:
+        by_one = skipped % 64 >= 32
+        w0, w1, w2 = tl.where(by_one, w1, w0), tl.where(by_one, w2, w1), tl.where(by_one, w3, w2)
+        w3, w4 = tl.where(by_one, w4, w3), tl.where(by_one, w5, w4)
+    if not ALIGNED or COLUMNS < 32:
+        bits = skipped % 32
+        w0, w1 = later(w0, w1, bits), later(w1, w2, bits)
+        w2, w3 = later(w2, w3, bits), later(w3, w4, bits)
+    # joined, also to halves of one word: else each thread that holds some of a row would make all of its blocks
+    if COLUMNS == 128:
+        words = in_order(w0, w1, w2, w3)
+    elif COLUMNS == 64:
+        words = tl.join(w0, w1)
+    else:
+        words = tl.join(w0, w0 >> COLUMNS // 2)
+    return words
+
+
+@triton.jit
+def later(word, following, bits):
+    """32 bits of two words after the first so many, fewer than 32."""
+    return (word >> bits) | (following << 1 << (31 - bits))
 
 
 @triton.jit
@@ -75,30 +135,6 @@ def box_muller(first, second):
     radius = tl.sqrt(-2.0 * tl.log((first.to(tl.int64) + 1).to(tl.float32) * 2.0**-32))
     angle = second.to(tl.float32) * (6.283185307179586 * 2.0**-32)
     return radius * tl.cos(angle), radius * tl.sin(angle)
-
-
-@triton.jit
-def row_signs(start, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, parameter, step, seed, index):
-    """The bits of entries start[r] + 0 … COLUMNS − 1 for every row r, (R, COLUMNS) int32.
-
-    Args:
-        start: (R,) int64.
-        COLUMNS: a power of two.
-        ALIGNED: every start is a multiple of 128, and COLUMNS is 128: a block is a row.
-    """
-    block, offset = (start // 128).to(tl.int32), (start % 128).to(tl.int32)  # (R,)
-    if ALIGNED:
-        return signs(block, parameter, step, seed, index).reshape(start.shape[0], COLUMNS)
-    entry = offset[:, None] + tl.arange(0, COLUMNS)[None, :]  # (R, COLUMNS), counted from the row's first block
-    word = tl.zeros((start.shape[0], COLUMNS), dtype=tl.uint32)
-    for later in tl.static_range((COLUMNS + 126) // 128 + 1):
-        w0, w1, w2, w3 = philox(block + later, 0, parameter, step, seed, index)
-        place = entry // 32 - 4 * later
-        word = tl.where(place == 0, w0[:, None], word)
-        word = tl.where(place == 1, w1[:, None], word)
-        word = tl.where(place == 2, w2[:, None], word)
-        word = tl.where(place == 3, w3[:, None], word)
-    return ((word >> (entry % 32).to(tl.uint32)) & 1).to(tl.int32)
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """The Triton kernel of `rwkv7_scan`: one launch for all tokens, columns of a head's state in the registers of a warp.
 
+A tile is all rows of the state, its keys, and some columns: sums over rows stay in a warp, and columns never meet.
+
 Letters: B sequences, T tokens of each, N heads of D units.
 """
 
@@ -8,6 +10,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+
+from .devices import on_device_of
 
 
 HELD = 2048  # numbers of the state in a warp, 64 registers of each thread
@@ -23,17 +27,15 @@ def launch(steps: Sequence[torch.Tensor], state: torch.Tensor) -> tuple[torch.Te
         return outputs, after
     keys = triton.next_power_of_2(size)
     values = columns_of(batch * heads, size, keys)
-    rwkv7_kernel[(batch * heads, triton.cdiv(size, values))](
-        *(each.contiguous() for each in (*steps, state)),
-        outputs,
-        after,
-        tokens,
-        heads,
-        size,
-        KEYS=keys,
-        VALUES=values,
-        num_warps=1,  # sums over keys never leave it
-    )
+    with on_device_of(state):
+        rwkv7_kernel[(batch * heads, triton.cdiv(size, values))](
+            *(each.contiguous() for each in (*steps, state)),
+            *(outputs, after),
+            *(tokens, heads, size),
+            KEYS=keys,
+            VALUES=values,
+            num_warps=1,  # sums over keys never leave it
+        )
     return outputs, after
 
 

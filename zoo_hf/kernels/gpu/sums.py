@@ -1,5 +1,8 @@
 """Triton kernels of `weighted_sum` and `sgd_`: all directions of a parameter made in registers, in one pass over it.
 
+A program has so many entries that what directions share, reading their names, is done seldom, and so few that their
+sums stay in registers.
+
 Letters: m directions, M entries.
 """
 
@@ -9,11 +12,13 @@ import triton.language as tl
 
 from ...noise import parameter_id
 from ..rule import Rule
-from .noise import flipped, in_order, normals, philox, rounded, signed
+from .devices import on_device_of
+from .noise import NAMES, normals, plus_minus, rounded, signed
+from .philox import in_order, philox
 
 
 BLOCKS, ENTRIES, WARPS = 64, 128, 4  # Philox blocks of a program, for signs; as many entries of normals
-NOT_COMPILED = ("m", "parameter")
+NOT_COMPILED = ("m", NAMES[0])
 
 
 def tiles(numel: int) -> tuple[int]:
@@ -22,14 +27,11 @@ def tiles(numel: int) -> tuple[int]:
 
 def launch_sum(out: torch.Tensor, names: torch.Tensor, coefficients: torch.Tensor, name: str, kind: str) -> None:
     """Write Σᵢ cᵢ zᵢ to `out`, (M,) float32; names (m, 3) int64."""
-    if out.numel():
+    if not out.numel():
+        return
+    with on_device_of(out):
         sum_kernel[tiles(out.numel())](
-            out,
-            names,
-            coefficients,
-            out.numel(),
-            len(names),
-            signed(parameter_id(name)),
+            *(out, names, coefficients, out.numel(), len(names), signed(parameter_id(name))),
             BLOCKS=BLOCKS,
             GAUSSIAN=kind == "gaussian",
             num_warps=WARPS,
@@ -46,20 +48,13 @@ def launch_sgd(
     rule: Rule,
 ) -> None:
     """Make the step of a `Rule` in place; see `sgd_`."""
-    if weights.numel():
+    if not weights.numel():
+        return
+    with on_device_of(weights):
         sgd_kernel[tiles(weights.numel())](
-            weights,
-            weights if buffer is None else buffer,
-            names,
-            coefficients,
-            weights.numel(),
-            len(names),
-            signed(parameter_id(name)),
-            rule.lr,
-            rule.momentum,
-            rule.dampening,
-            rule.weight_decay,
-            rule.share,
+            *(weights, weights if buffer is None else buffer),
+            *(names, coefficients, weights.numel(), len(names), signed(parameter_id(name))),
+            *(rule.lr, rule.momentum, rule.dampening, rule.weight_decay, rule.share),
             BUFFER=buffer is not None,
             FIRST=rule.first,
             NESTEROV=rule.nesterov,
@@ -73,21 +68,21 @@ def launch_sgd(
 def weighted(names, coefficients, m, parameter, BLOCKS: tl.constexpr, GAUSSIAN: tl.constexpr):
     """Σᵢ cᵢ zᵢ on the entries of this program, (128 BLOCKS) float32: direction after direction."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    total = tl.zeros((BLOCKS, 4, 32), dtype=tl.float32)
+    total = tl.zeros((BLOCKS * 128,), dtype=tl.float32)
     for i in range(m):
         seed, step = tl.load(names + 3 * i).to(tl.int32), tl.load(names + 3 * i + 1).to(tl.int32)
         index, coefficient = tl.load(names + 3 * i + 2).to(tl.int32), tl.load(coefficients + i)
         if GAUSSIAN:
             first = tl.program_id(0) * (BLOCKS * 32) + tl.arange(0, BLOCKS * 32)
-            total += coefficient * normals(first, parameter, step, seed, index).reshape(BLOCKS, 4, 32)
+            total += coefficient * normals(first, parameter, step, seed, index)
         else:
-            w0, w1, w2, w3 = philox(block, 0, parameter, step, seed, index)
-            total += flipped(coefficient, in_order(w0, w1, w2, w3))
-    return total.reshape(BLOCKS * 128)
+            total += plus_minus(coefficient, block, parameter, step, seed, index)
+    return total
 
 
 @triton.jit(do_not_specialize=NOT_COMPILED)
 def sum_kernel(out, names, coefficients, numel, m, parameter, BLOCKS: tl.constexpr, GAUSSIAN: tl.constexpr):
+    """Σᵢ cᵢ zᵢ on the entries of this program."""
     at = tl.program_id(0).to(tl.int64) * (BLOCKS * 128) + tl.arange(0, BLOCKS * 128)
     tl.store(out + at, weighted(names, coefficients, m, parameter, BLOCKS, GAUSSIAN), mask=at < numel)
 
