@@ -18,7 +18,7 @@ from .low_rank import ENTRIES, Kind, LowRank
 from .noise import DISTRIBUTIONS, Direction, parameter_id
 
 
-FORMAT = 1
+FORMAT = 2  # since SGD rounds bfloat16 weights stochastically
 STEP = struct.Struct("<IddQI")  # step, ε, loss, key of the batch, members a forward pass
 MOST_BYTES = 1 << 26  # of a header, and of a step
 

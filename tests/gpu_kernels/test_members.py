@@ -177,3 +177,12 @@ def test_an_unknown_backend_or_one_that_cannot_run_is_named(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="ZOO_HF_KERNELS=triton cannot run on cpu: move the model to a GPU"):
         torch.ops.zoo_hf.displace_(weight, weight, [0, 0, 0], "w", 0, 1.0, "rademacher")
+
+
+def test_a_hook_on_the_head_is_heeded(monkeypatch):
+    model = recurrent()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    with torch.inference_mode():
+        expected = loss_of(model)()
+        monkeypatch.setenv(VARIABLE, "triton")
+        torch.testing.assert_close(loss_of(model, skip_logits=True)(), expected, rtol=1e-5, atol=0)

@@ -9,6 +9,7 @@ from torch import nn
 from zoo_hf.estimators import Estimate
 from zoo_hf.gradients import gradient
 from zoo_hf.kernels.choice import VARIABLE
+from zoo_hf.kernels.rule import Rule, sgd_plainly_
 from zoo_hf.noise import Direction, entries
 from zoo_hf.update import Update
 
@@ -127,3 +128,15 @@ def test_bfloat16_weights_follow_those_of_float32_on_average(monkeypatch, kernel
     assert abs(error.mean()) < 4 * error.std() / len(error) ** 0.5
     assert error.std() > 1e-4
     assert (start.detach().float() - 1) @ moved > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_in_parts_is_that_of_the_whole(monkeypatch, rng, dtype):
+    weights, buffer = torch.randn(2, 1000, generator=rng).to(dtype).unbind()
+    gradient, rule, ends = torch.randn(1000, generator=rng), Rule(0.1, momentum=0.9), []
+    for chunk in (1 << 19, 128):
+        monkeypatch.setattr("zoo_hf.kernels.rule.CHUNK", chunk)
+        own, moving = weights.clone(), buffer.clone()
+        sgd_plainly_(own, moving, gradient.clone(), rule, name="w", seed=1, step=2)
+        ends.append(torch.stack([own, moving]))
+    assert torch.equal(*ends)

@@ -15,6 +15,7 @@ BACKENDS = {  # name → the package that it needs beside torch
     "fla": "fla",  # flash-linear-attention
     "flashrnn": "flashrnn",
 }
+PACKAGES = {"fla": "flash-linear-attention"}  # whose import has another name
 
 
 class BackendError(ValueError):
@@ -53,5 +54,5 @@ def runs(name: str, device: torch.device, *, asked: bool = False) -> bool:
 def missing(name: str) -> str:
     """What a backend lacks, as an advice."""
     if find_spec(BACKENDS[name]) is None:
-        return f"`pip install {BACKENDS[name]}`"
+        return f"`pip install {PACKAGES.get(name, name)}`"
     return "move the model to a GPU, or set TRITON_INTERPRET=1 before Python starts, which is slow and for tests"

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..noise import CHUNK, spans
 from ..rounding import round_
 
 
@@ -36,19 +37,21 @@ def sgd_plainly_(
         gradient: ĝ, (M,) float32, which is overwritten.
         name: of the parameter; with `seed` and `step` it names the random bits.
     """
-    wide = weights.to(gradient.dtype)
-    gradient.mul_(rule.share).add_(wide, alpha=rule.weight_decay)
-    if buffer is not None:
-        moving = gradient
-        if not rule.first:
-            moving = buffer.to(gradient.dtype) * rule.momentum + gradient * (1 - rule.dampening)
-        store_(buffer, moving, name, seed=seed, step=step, stream=1)
-        gradient = gradient + rule.momentum * moving if rule.nesterov else moving
-    store_(weights, wide - rule.lr * gradient, name, seed=seed, step=step, stream=0)
+    for first, last in spans(len(weights), CHUNK):
+        own = slice(first, last)
+        wide, g = weights[own].to(gradient.dtype), gradient[own]
+        g.mul_(rule.share).add_(wide, alpha=rule.weight_decay)
+        if buffer is not None:
+            moving = g
+            if not rule.first:
+                moving = buffer[own].to(g.dtype) * rule.momentum + g * (1 - rule.dampening)
+            store_(buffer[own], moving, name, first, seed=seed, step=step, stream=1)
+            g = g + rule.momentum * moving if rule.nesterov else moving
+        store_(weights[own], wide - rule.lr * g, name, first, seed=seed, step=step, stream=0)
 
 
-def store_(out: Tensor, wide: Tensor, name: str, *, seed: int, step: int, stream: int) -> None:
+def store_(out: Tensor, wide: Tensor, name: str, start: int, *, seed: int, step: int, stream: int) -> None:
     if out.dtype is torch.bfloat16:
-        round_(out, wide, name, seed=seed, step=step, stream=stream)
+        round_(out, wide, name, start, seed=seed, step=step, stream=stream)
     else:
         out.copy_(wide)

@@ -37,7 +37,8 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """`summed_loss` of a head's scores of hidden states (B, T, W), which are not held where a kernel does it."""
-    fused = kernel("head_loss", hidden, head.weight) if type(head) is nn.Linear else None
+    plain = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    fused = kernel("head_loss", hidden, head.weight) if plain else None
     if fused is None:
         return summed_loss(head(hidden), targets)
     return fused(hidden, head.weight, head.bias, targets.to(hidden.device)).sum(dtype=torch.float64)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...noise import spans
 from ..scan import SLOTS, Task
 from .cells import load_gates, load_slots, new_state, store_slots
+from .devices import on_device_of
 from .noise import rounded
 from .scan import mask_strides
 
@@ -167,24 +168,25 @@ def launch(outputs: Tensor, room: Room, cell: str, pre: Tensor, real: Tensor | N
     rows = outputs.numel() // size
     if not rows:
         return
-    gates_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(size, UNITS))](
-        outputs,
-        room.slots,
-        room.h,
-        room.product,
-        room.bias,
-        pre,
-        None if real is None else real.view(torch.uint8),
-        *(rows, heads, batch, size),
-        *outputs.stride()[:3],
-        *pre.stride()[:4],
-        *mask_strides(None if real is None else real.unsqueeze(-1))[:2],
-        CELL=cell,
-        GATES=gates,
-        SLOTS=len(room.slots),
-        ROWS=ROWS,
-        UNITS=UNITS,
-    )
+    with on_device_of(outputs):
+        gates_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(size, UNITS))](
+            outputs,
+            room.slots,
+            room.h,
+            room.product,
+            room.bias,
+            pre,
+            None if real is None else real.view(torch.uint8),
+            *(rows, heads, batch, size),
+            *outputs.stride()[:3],
+            *pre.stride()[:4],
+            *mask_strides(None if real is None else real.unsqueeze(-1))[:2],
+            CELL=cell,
+            GATES=gates,
+            SLOTS=len(room.slots),
+            ROWS=ROWS,
+            UNITS=UNITS,
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "batch"])

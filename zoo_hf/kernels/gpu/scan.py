@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..scan import Task, width
 from .cells import load_gates, load_slots, new_state, store_slots
+from .devices import on_device_of
 from .noise import rounded, row_signs, signed
 
 
@@ -35,30 +36,31 @@ def launch(outputs: Tensor, final: Tensor, task: Task) -> None:
     rows, warps = tile(task)
     if not final.numel():
         return
-    scan_kernel[(members * heads * triton.cdiv(batch, rows),)](
-        outputs,
-        final,
-        pre,
-        state.contiguous(),
-        recurrent.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if real is None else real.view(torch.uint8),
-        None if name is None else name.index.contiguous(),
-        None if name is None else name.scale.contiguous(),
-        *(tokens, batch, heads),
-        0 if len(recurrent) == 1 else recurrent[0].numel(),
-        *outputs.stride()[:4],
-        *pre.stride()[:5],
-        *mask_strides(real),
-        *map(signed, (0, 0, 0) if name is None else name.numbers),
-        CELL=cell,
-        GATES=gates,
-        SLOTS=state.shape[1],
-        SIZE=size,
-        WIDTH=width(size),
-        ROWS=rows,
-        num_warps=warps,
-    )
+    with on_device_of(outputs):
+        scan_kernel[(members * heads * triton.cdiv(batch, rows),)](
+            outputs,
+            final,
+            pre,
+            state.contiguous(),
+            recurrent.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if real is None else real.view(torch.uint8),
+            None if name is None else name.index.contiguous(),
+            None if name is None else name.scale.contiguous(),
+            *(tokens, batch, heads),
+            0 if len(recurrent) == 1 else recurrent[0].numel(),
+            *outputs.stride()[:4],
+            *pre.stride()[:5],
+            *mask_strides(real),
+            *map(signed, (0, 0, 0) if name is None else name.numbers),
+            CELL=cell,
+            GATES=gates,
+            SLOTS=state.shape[1],
+            SIZE=size,
+            WIDTH=width(size),
+            ROWS=rows,
+            num_warps=warps,
+        )
 
 
 def mask_strides(real: Tensor | None) -> tuple[int, ...]:
@@ -218,7 +220,7 @@ def matrix(
     kept: tl.constexpr = recurrent.dtype.element_ty
     made = tl.load(recurrent + start[:, None] + unit[None, :], mask=there, other=0.0).to(tl.float32)
     if NAMED:
-        bits = row_signs(start, WIDTH, SIZE == 128, parameter, step, seed, index)
+        bits = row_signs(start, WIDTH, SIZE == WIDTH, parameter, step, seed, index)
         made = tl.where(there, made + tl.where(bits == 1, scale, -scale), 0.0)
         made = rounded(made, kept).to(tl.float32)  # as a member's own weight would be
     return rounded(made, dtype)
