@@ -216,7 +216,7 @@ HOSTILE = {
     "endless lists": b"[" * 1_000_000,
     "no JSON": b"\x80\x04\x95pickle",
     "a list": b"[]",
-    "another format": changed(format=2),
+    "another format": changed(format=3),
     "no format": b"{}",
     "a field too many": changed(load="os.system"),
     "a field too few": json.dumps({name: value for name, value in HEADER.items() if name != "start"}).encode(),
