@@ -98,6 +98,7 @@ OTHER = {
     "estimator": ("central", "forward"),
     "distribution": ("rademacher", "low_rank"),
     "direction_rank": (1, 2),
+    "normalize": ("none", "loss_std"),
     "probes": ("serial", "population"),
     "members_per_forward": (None, 4),
     "dropout": (False, True),

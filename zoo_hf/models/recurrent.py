@@ -183,11 +183,11 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), usually `input_ids` with −100 where no prediction counts; shifted here, not by the caller.
             logits_to_keep: compute only the last k positions' scores (0: all), or those at a tensor of positions.
             num_items_in_batch: number of labels the summed loss is divided by, this batch's own by default.
-            skip_logits: with `labels`, return the loss alone for any number of tokens.
+            skip_logits: with `labels`, return no logits for any number of tokens, nor hold them where a kernel can.
             kwargs: all other arguments as in the model's forward pass.
         """
         tokens, model = given(input_ids, inputs_embeds), cast(RecurrentModel, self.base_model)
-        if labels is not None and (skip_logits or tokens.shape[1] > self.config.chunk_length):
+        if labels is not None and tokens.shape[1] > self.config.chunk_length:
             chunks = model.chunks(tokens, attention_mask, state, starts)
             mean, after = self._loss_by_chunks(chunks, labels, num_items_in_batch)
             use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -207,11 +207,20 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state  # (B, T, W)
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
-        logits = self.lm_head(hidden)  # (B, T, V)
-        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+        loss, logits = self._loss_and_logits(hidden, labels, num_items_in_batch, skip_logits)
         return RecurrentCausalLMOutput(
             loss=loss, logits=logits, state=outputs.state, hidden_states=outputs.hidden_states
         )
+
+    def _loss_and_logits(
+        self, hidden: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None, skip_logits: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if labels is not None and skip_logits:
+            targets = next_tokens(labels)
+            return head_loss(self.lm_head, hidden, targets) / number_of_targets(targets, num_items_in_batch), None
+        logits = self.lm_head(hidden)  # (B, T, V)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+        return loss, logits
 
     def _loss_by_chunks(
         self, chunks: Iterator[Any], labels: Tensor, num_items_in_batch: Tensor | int | None
