@@ -130,6 +130,19 @@ def test_an_optimizer_that_is_not_known_to_treat_parameters_separately_gets_all_
     assert steps == [4]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_on_an_optimizer_are_called_by_steps_that_need_no_gradient_too(rng, dtype):
+    named, called = parameters(rng, dtype), []
+    optimizer = torch.optim.SGD(named.values(), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    update = Update(optimizer, {p: n for n, p in named.items()})
+    for step in range(2):
+        update.hold(an_estimate(rng, step=step))
+        update.step()
+    assert called == ["before", "after"] * 2
+
+
 def test_clipping_is_exact(rng):
     ours, theirs = parameters(rng), parameters(rng.manual_seed(0))
     update = Update(torch.optim.SGD(ours.values(), lr=1.0), {p: n for n, p in ours.items()})

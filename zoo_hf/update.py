@@ -88,7 +88,9 @@ class Update(torch.optim.Optimizer):
         assert closure is None, "An estimate is applied, and no loss evaluated again."
         assert self.estimate is not None, "`hold` an estimate before `step`."
         at_once = {name: p for name, p in self.parameters.items() if in_one_pass(self.optimizer, p)}
-        descend_(self.optimizer, at_once, self.estimate, self.clip)
+        if at_once:
+            descend_(self.optimizer, at_once, self.estimate, self.clip)
+            self.optimizer.step()  # without gradients it moves nothing, but its hooks are called
         for bucket in self._gradients({name: p for name, p in self.parameters.items() if name not in at_once}):
             for name in bucket:
                 self.parameters[name].grad = bucket[name] if self.clip == 1.0 else bucket[name].mul_(self.clip)

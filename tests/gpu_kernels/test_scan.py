@@ -198,11 +198,10 @@ def test_a_recording_replayed_for_chunks_gives_what_single_launches_give(take, m
     """Without a GPU, what is recorded is called again instead of replayed: it reads and writes the same memory."""
     from zoo_hf.kernels.gpu import gates
 
-    monkeypatch.setattr(gates, "CHUNK", 2)
     take(ALTERNATING)
     first = arguments(cell, torch.float32, (2, 5, 2, 3, 5), masked=masked)
     second = [x + 0.1 if place in (1, 3) else x for place, x in enumerate(first)]
-    monkeypatch.setattr(gates, "recordable", lambda pre: False)
+    monkeypatch.setattr(gates, "recordable", lambda device: False)
     expected = [run(*call) for call in (first, second)]
     recordings, replayed = [], []
 
@@ -216,10 +215,22 @@ def test_a_recording_replayed_for_chunks_gives_what_single_launches_give(take, m
     if DEVICE == "cpu":
         monkeypatch.setattr(gates, "captured", captured)
     monkeypatch.setattr(gates, "recording_of", recording_of)
-    monkeypatch.setattr(gates, "recordable", lambda pre: True)
+    monkeypatch.setattr(gates, "recordable", lambda device: True)
+    monkeypatch.setattr(gates, "FEWEST", 2)
+    monkeypatch.setattr(gates, "CHUNK", 3)
     for call, outputs in zip((first, second), expected, strict=True):
         same(run(*call), outputs, torch.float32)
     assert len(replayed) == (4 if DEVICE == "cpu" else 0), "two chunks of two tokens each, and single launches for one"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "megabytes", "recorded"),
+    [(7, 0.1, 0), (8, 0.1, 8), (10, 0.1, 8), (31, 0.1, 16), (10_000, 0.1, 32), (10_000, 4, 16), (10_000, 16, 0)],
+)
+def test_chunks_are_recorded_where_launching_takes_longer_than_computing(tokens, megabytes, recorded):
+    from zoo_hf.kernels.gpu.gates import recorded_tokens
+
+    assert recorded_tokens(tokens, int(megabytes * 2**20)) == recorded
 
 
 class StandIn(torch.Tensor):

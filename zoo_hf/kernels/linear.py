@@ -23,13 +23,15 @@ def fits(weight: Tensor, smoothing_radius: float) -> bool:
     """Whether members W ± ε Z may be rounded to the dtype of W, as none of their entries then is moved by 0.
 
     It is so where ε is a power of two and no smaller than the spacing of the dtype at max|W|. Elsewhere ε x Z has to
-    be accumulated apart from x W. It waits for the device.
+    be accumulated apart from x W. For powers of two it waits for the device, once.
     """
-    least, most = torch.aminmax(weight.detach())
-    largest, kind = max(-least.item(), most.item()), torch.finfo(weight.dtype)
+    if math.frexp(smoothing_radius)[0] != 0.5:
+        return False
+    least, most = torch.stack(torch.aminmax(weight.detach())).tolist()
+    largest, kind = max(-least, most), torch.finfo(weight.dtype)
     # at m 2ᵉ, ½ ≤ m < 1, numbers are eps 2ᵉ⁻¹ apart, and nowhere less than the smallest ones
     spacing = max(kind.eps * 2.0 ** (math.frexp(largest)[1] - 1), kind.eps * kind.smallest_normal)
-    return math.isfinite(largest) and math.frexp(smoothing_radius)[0] == 0.5 and smoothing_radius >= spacing
+    return math.isfinite(largest) and smoothing_radius >= spacing
 
 
 def form_of(weight: Tensor, smoothing_radius: float) -> str:

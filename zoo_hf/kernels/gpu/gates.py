@@ -1,8 +1,8 @@
 """The alternating form of the recurrent scans, for heads too large for the chip.
 
 A token is one product for all heads of some members, and one kernel that makes new states of the gates. Both write
-where they wrote before, so that CHUNK tokens are recorded once in a CUDA graph and replayed: launching them one by one
-takes longer than computing them.
+where they wrote before, so that a chunk of small tokens is recorded once in a CUDA graph and replayed: launching them
+one by one takes longer than computing them.
 
 Letters: P members, T tokens of each of B sequences, N heads of D units, G gates, S slots of the state.
 """
@@ -24,13 +24,15 @@ from .noise import rounded
 from .scan import mask_strides
 
 
-CHUNK = 32  # tokens of a recording
-RECORDINGS = 4  # that are kept, each with room for a group's matrices
+CHUNK = 32  # tokens of a recording at most
+FEWEST = 8  # tokens that are worth one
+RECORDED_BYTES = 1 << 26  # of a recording's inputs at most: tokens with more take longer than their launches
+RECORDINGS = 4  # that are kept, each with room for its inputs and a group's matrices
 ROWS, UNITS = 8, 128  # of a program of the gates' kernel
 
 
 class Shape(NamedTuple):
-    """Of a scan of some members: P, N, B, G and D, the dtype of its products, and whether it has a mask."""
+    """Of a scan of some members: P, N, B, G and D, the dtype of its products, whether it has a mask, and its chunk."""
 
     cell: str
     members: int
@@ -40,6 +42,7 @@ class Shape(NamedTuple):
     size: int
     dtype: torch.dtype
     masked: bool
+    chunk: int
 
 
 class Room(NamedTuple):
@@ -89,15 +92,16 @@ def scan_(outputs: Tensor, final: Tensor, task: Task) -> None:
     """Write outputs (P, T, N, B, D) and the final state; no displacement of the task's matrices is left to make."""
     cell, pre, *_, real, _ = task
     members, tokens, heads, batch, gates, size = pre.shape
-    shape = Shape(cell, members, heads, batch, gates, size, pre.dtype, real is not None)
-    if recordable(pre):
+    chunk = recorded_tokens(tokens, pre[:, :1].nbytes) if recordable(pre.device) else 0
+    shape = Shape(cell, members, heads, batch, gates, size, pre.dtype, real is not None, chunk)
+    if chunk:
         recording = recording_of(shape, pre.device)
         room, advance_ = recording.room, recording.advance_
     else:
         room = Room.of(shape, pre.device)
         advance_ = functools.partial(advance_plainly_, room, cell)
     room.start_(task)
-    for first, last in spans(tokens, CHUNK):
+    for first, last in spans(tokens, chunk or CHUNK):
         advance_(outputs[:, first:last], pre[:, first:last], None if real is None else real[..., first:last])
     slots = room.slots
     if cell == "slstm":
@@ -112,9 +116,20 @@ def advance_plainly_(room: Room, cell: str, outputs: Tensor, pre: Tensor, real: 
         launch(outputs[:, t], room, cell, pre[:, t], None if real is None else real[..., t])
 
 
-def recordable(pre: Tensor) -> bool:
-    """Whether a graph may be recorded and pays: not while another is, which holds what is done here."""
-    return pre.device.type == "cuda" and pre.shape[1] >= 2 * CHUNK and not torch.cuda.is_current_stream_capturing()
+def recordable(device: torch.device) -> bool:
+    """Whether a graph may be recorded: not while another is, which holds what is done here."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def recorded_tokens(tokens: int, size: int) -> int:
+    """Tokens of a chunk that is recorded, a power of two so that texts of all lengths share recordings; 0 for none.
+
+    Args:
+        tokens: of the text.
+        size: bytes of a token's inputs.
+    """
+    most = min(CHUNK, tokens, RECORDED_BYTES // max(1, size))
+    return 1 << (most.bit_length() - 1) if most >= FEWEST else 0
 
 
 def recording_of(shape: Shape, device: torch.device) -> "Recording":
@@ -129,22 +144,22 @@ def recorded(shape: Shape, device: torch.device, stream: int) -> "Recording":
 
 
 class Recording:
-    """CHUNK tokens of a scan as a graph that reads and writes the same memory whenever it is replayed."""
+    """A chunk's tokens of a scan as a graph that reads and writes the same memory whenever it is replayed."""
 
     def __init__(self, shape: Shape, device: torch.device):
         with torch.inference_mode(False):  # memory that may be written inside inference mode and outside
             self.room = Room.of(shape, device)
             like = self.room.product
-            members, heads, batch = shape.members, shape.heads, shape.batch
+            members, heads, batch, chunk = shape.members, shape.heads, shape.batch, shape.chunk
             self.cell = shape.cell
-            self.pre = like.new_empty(members, CHUNK, heads, batch, shape.gates, shape.size)
-            self.outputs = like.new_empty(members, CHUNK, heads, batch, shape.size)
-            self.real = like.new_empty(members, batch, CHUNK, dtype=torch.bool) if shape.masked else None
+            self.pre = like.new_empty(members, chunk, heads, batch, shape.gates, shape.size)
+            self.outputs = like.new_empty(members, chunk, heads, batch, shape.size)
+            self.real = like.new_empty(members, batch, chunk, dtype=torch.bool) if shape.masked else None
             self.replay = captured(lambda: advance_plainly_(self.room, self.cell, self.outputs, self.pre, self.real))
 
     def advance_(self, outputs: Tensor, pre: Tensor, real: Tensor | None) -> None:
         """`advance_plainly_`, in one launch for a whole chunk."""
-        if pre.shape[1] < CHUNK:
+        if pre.shape[1] < self.pre.shape[1]:
             return advance_plainly_(self.room, self.cell, outputs, pre, real)
         self.pre.copy_(pre)
         if self.real is not None and real is not None:
