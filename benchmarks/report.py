@@ -1,7 +1,7 @@
 """What the benchmarks share: a table for the terminal, and results as JSON and a plot in `benchmarks/results/`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -38,19 +38,36 @@ def save_results(name: str, rows: list[dict], plot: Callable[[plt.Axes, list[dic
 
     A GPU's results get its name, so that they stand beside the CPU's.
     """
-    RESULTS.mkdir(exist_ok=True)
     stem = name + ("_" + torch.cuda.get_device_name().replace(" ", "_") if torch.cuda.is_available() else "")
-    about = {"device": hardware()} | versions()
-    (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1, ensure_ascii=False))
+    write_results(stem, rows, plot, {"device": hardware()} | versions())
+
+
+def write_results(
+    stem: str,
+    rows: list[dict],
+    plot: Callable[[plt.Axes, list[dict]], None],
+    machine: dict[str, str],
+    *,
+    folder: Path = RESULTS,
+    pages: Sequence[Path] = PAGES,
+) -> None:
+    """`save_results` under any name, of a machine by its `device` and versions."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.grid(alpha=0.3)
     plot(axes, rows)
-    figure.suptitle(f"{about['device']}, torch {about['torch']}", fontsize=9)
-    figure.savefig(RESULTS / f"{stem}.png", dpi=150)
-    for page in PAGES:
+    figure.suptitle(f"{machine['device']}, torch {machine['torch']}", fontsize=9)
+    figure.savefig(folder / f"{stem}.png", dpi=150)
+    plt.close(figure)
+    written = [f"{folder / stem}.json", ".png"]
+    for page in pages:
         text = page.read_text(encoding="utf-8")
-        page.write_text(with_table(text, stem, table(rows)), encoding="utf-8")
-    print(f"written: {RESULTS / stem}.json, .png")
+        shown = with_table(text, stem, table(rows))
+        if shown != text:
+            page.write_text(shown, encoding="utf-8")
+            written.append(page.name)
+    print(f"written: {', '.join(written)}")
 
 
 def with_table(page: str, name: str, shown: str) -> str:

@@ -90,7 +90,7 @@ def test_after_the_start_only_the_members_losses_cross_ranks_whatever_the_models
         assert [name for name, *_ in heard[:start]] == ["broadcast"] * start
         recorded, agreed = heard[start : start + 2], heard[start + 2]
         assert recorded == [["broadcast", 1, "torch.int64"], ["broadcast", 1, "torch.uint8"]], "no step was recorded"
-        assert agreed == ["all_reduce", 2 * 4 * 31, "torch.int64"], "32 bytes for each thing to be equal, of both"
+        assert agreed == ["all_reduce", 2 * 4 * 32, "torch.int64"], "32 bytes for each thing to be equal, of both"
         losses = [["all_reduce", members, "torch.int64"]]
         figure = ["all_gather", 1, "torch.float32"]  # the Trainer's loss, or its count of floating-point operations
         # before the Trainer gathers, ranks make sure that all have come

@@ -1,8 +1,9 @@
-"""Times on a GPU, by its own clock, and what they are measured against."""
+"""Times on a GPU by its own clock, the most memory held, and the ceilings that they are measured against."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LONG = 10.0  # seconds: of what takes longer, one run is timed
+
+T = TypeVar("T")
 
 
 def once(run: Callable[[], object]) -> float:
@@ -26,16 +29,25 @@ def once(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def milliseconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Medians of the runs' times, interleaved; every run once before, to compile and to warm up."""
-    first = {name: once(run) for name, run in runs.items()}
-    first = {name: ms if ms > LONG * 1e3 else once(runs[name]) for name, ms in first.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+def milliseconds(
+    runs: dict[str, Callable[[], object]], rounds: int, warm_ups: Iterable[Callable[[], object]] | None = None
+) -> dict[str, float]:
+    """Medians of the runs' times, interleaved; of a run that takes longer than `LONG`, its one time.
+
+    Args:
+        warm_ups: run before and not timed, to compile what the runs need; by default the runs themselves.
+    """
+    for warm_up in runs.values() if warm_ups is None else warm_ups:
+        warm_up()
+    times = {name: [once(run)] for name, run in runs.items()}
+    for _ in range(rounds - 1):
         for name, run in runs.items():
-            if first[name] <= LONG * 1e3:
+            if times[name][0] <= LONG * 1e3:
                 times[name].append(once(run))
-    return {name: statistics.median(values) if values else first[name] for name, values in times.items()}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    told = ", ".join(f"{name} {ms:.4g} ms" for name, ms in medians.items())
+    print(f"  {told}", flush=True)  # should a part be cut off
+    return medians
 
 
 def copy_bandwidth(numel: int = 1 << 29, rounds: int = 20) -> float:
@@ -53,12 +65,20 @@ def product_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16, rounds: 
     return 2 * size**3 / ms * 1e3
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that torch held on the GPU during a run; 0 without a GPU."""
+def with_peak(run: Callable[[], T]) -> tuple[T, float]:
+    """What a run returns, and the most that torch held on the GPU meanwhile, in GB; 0 without a GPU."""
     if DEVICE.type != "cuda":
-        run()
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    run()
+        return run(), 0.0
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    returned = run()
+    torch.cuda.synchronize()
+    return returned, torch.cuda.max_memory_allocated() / 1e9
+
+
+def if_it_fits(run: Callable[[], T]) -> T | None:
+    """What a run returns; None where the GPU's memory does not suffice."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        return None
