@@ -10,6 +10,7 @@ from conftest import texts
 from transformers import set_seed
 
 from zoo_hf import RNNConfig, RNNForCausalLM, cli
+from zoo_hf.cli import env
 
 
 def test_env_is_a_table_of_versions_and_threads(capsys, monkeypatch):
@@ -30,8 +31,8 @@ def test_gpus_are_counted_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
-    monkeypatch.setattr(cli, "choices", lambda: {"lstm": "triton"})
-    rows = cli.environment()
+    monkeypatch.setattr(env, "choices", lambda: {"lstm": "triton"})
+    rows = env.environment()
     assert rows["hardware"] == "2 × A100, 1 × T4"
     assert rows["kernels of lstm"] == "triton"
 

@@ -144,6 +144,7 @@ def test_sft_logs_what_the_stock_trainer_logs_of_one_evaluation_a_batch(sft, ada
         "signal_to_noise",
         "forward_passes",
         "tokens",
+        "seconds",
     }
     assert keys(ours, "loss") == [k - {"grad_norm"} | figures for k in keys(stock, "loss")]
     assert keys(ours, "eval_loss") == [k | {"forward_passes", "tokens"} for k in keys(stock, "eval_loss")]

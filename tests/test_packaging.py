@@ -65,6 +65,7 @@ ORDER = (
     "trainer",
     "models",
     "tasks",
+    "clm",
     "cli",
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -114,7 +115,7 @@ def test_a_module_imports_only_from_modules_above_it(path):
 def test_every_package_that_is_imported_is_required():
     own = {"zoo_hf", *sys.stdlib_module_names}
     imported = {name.split(".")[0] for path in PACKAGE.rglob("*.py") for name in imports(path)} - own
-    required = {canonicalize_name(r.name) for r in [*requirements(), *requirements("plot")]}
+    required = {canonicalize_name(r.name) for r in [*requirements(), *requirements("plot"), *requirements("harness")]}
     # triton comes with torch on the machines that have its kernels; fla and flashrnn are used where they are installed
     assert {canonicalize_name(name) for name in imported} - {"triton", "fla", "flashrnn"} <= required
 
@@ -163,7 +164,7 @@ def test_files_that_are_no_code_are_installed():
     assert all(files("zoo_hf").joinpath(name).is_file() for name in declared)
 
 
-@pytest.mark.parametrize("extra", [None, "plot", "test", "dev"])
+@pytest.mark.parametrize("extra", [None, "plot", "harness", "test", "dev"])
 def test_every_requirement_is_pinned_within_its_range(extra):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -183,7 +184,7 @@ def test_every_requirement_is_pinned_within_its_range(extra):
 WITH_TRANSFORMERS = {"transformers", "datasets", "huggingface-hub", "safetensors", "tokenizers"}
 
 
-@pytest.mark.parametrize("extra", [None, "plot", "test", "dev"])
+@pytest.mark.parametrize("extra", [None, "plot", "harness", "test", "dev"])
 def test_the_lowest_versions_that_ci_tests_are_the_lowest_allowed(extra):
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]

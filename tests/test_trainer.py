@@ -745,6 +745,7 @@ def test_training_entries_have_these_keys(trainer):
         "coefficient_spread",
         "left_out",
         "signal_to_noise",
+        "seconds",
     }
     assert made.state.log_history[0].keys() == {"loss", "learning_rate", "epoch", "step"} | ours
 

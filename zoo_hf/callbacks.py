@@ -14,20 +14,29 @@ PLOT_NAME = "loss.png"  # in the output directory of a run
 Curve = tuple[list[float], list[float]]  # forward passes, losses
 
 
+class DrawingError(ImportError):
+    """matplotlib, with which pictures are drawn, is not installed."""
+
+
+def check_drawing() -> None:
+    """Raises: DrawingError when there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DrawingError('Pictures are drawn with matplotlib: pip install "zoo_hf[plot]".') from error
+
+
 class LossPlotCallback(TrainerCallback):
     """Draws `loss.png` in the output directory: training and validation loss against forward passes.
 
     The first process draws it when a checkpoint is saved, at the end of training and at evaluations after that.
 
     Raises:
-        ImportError: at construction, when matplotlib is not installed.
+        DrawingError: at construction, when matplotlib is not installed.
     """
 
     def __init__(self) -> None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ImportError('LossPlotCallback draws with matplotlib: pip install "zoo_hf[plot]".') from error
+        check_drawing()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.on_train_end(args, state, control, **kwargs)

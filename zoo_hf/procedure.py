@@ -69,9 +69,13 @@ def unwrapped(trainer: Trainer) -> nn.Module:
 
 
 def command(arguments: list[str]) -> str:
-    """What was typed to run a script in the present folder, without tokens; empty for a notebook or a module."""
+    """What was typed to run `zoo-hf` or a script in the present folder, without tokens; empty for anything else."""
     script = Path(arguments[0]).resolve()
-    if script.suffix != ".py" or Path.cwd() not in script.parents:
+    if script.stem == "zoo-hf":
+        typed = ["zoo-hf"]
+    elif script.suffix == ".py" and Path.cwd() in script.parents:
+        typed = ["python", str(script.relative_to(Path.cwd()))]
+    else:
         return ""
     shown, hidden = [], False
     for argument in arguments[1:]:
@@ -79,7 +83,7 @@ def command(arguments: list[str]) -> str:
         secret = name.startswith("-") and name.endswith("token")
         shown.append("TOKEN" if hidden else f"{name}=TOKEN" if secret and value else argument)
         hidden = secret and not value
-    return f"`{shlex.join(['python', str(script.relative_to(Path.cwd())), *shown])}`"
+    return f"`{shlex.join([*typed, *shown])}`"
 
 
 def hardware() -> str:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, seed_worker
 
 from .agreement import RanksCallback, check_start
 from .batches import same_batches
-from .cards import model_card
+from .cards import RunCallback, model_card
 from .carry import state_after, with_state
 from .config import SHARDING, ZOOConfig, refuse_with_ranks, settings, settle_
 from .distributed import Ranks, alone, broadcast_
@@ -75,6 +75,7 @@ class ZOOTrainerMixin(PushMixin):
         self.recorder = Recorder()  # of a run, from the first step of `train` on
         super().__init__(*args, **kwargs)
         self.add_callback(RanksCallback(self))
+        self.add_callback(RunCallback(self))
         self.given_optimizers = self.optimizer, self.lr_scheduler  # None for what the arguments choose
         if self.optimizer is not None:
             check_optimizer(type(self.optimizer).__name__)
@@ -238,12 +239,14 @@ class ZOOTrainerMixin(PushMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds forward passes and tokens to every entry, to training losses their speed and what the estimates were
-        like, and to the last one the memory that this process has held at most."""
+        like, and seconds since their beginning, and to the last one the memory that this process has held at most."""
         extra: dict[str, float] = {"forward_passes": self.update.forward_passes if self.update else 0}
         if self.update and self.update.tokens:
             extra["tokens"] = self.update.tokens
         if "train_runtime" in logs:
             extra["peak_memory_bytes"] = peak_memory()
+        if start_time is not None:
+            extra["seconds"] = round(time.time() - start_time, 3)
         if "loss" in logs and self._figures.estimates:
             extra |= self._figures.entry(self.ranks)
             self._figures = Figures()

@@ -63,7 +63,7 @@ def test_a_model_that_is_not_of_transformers_is_pushed_with_a_card(hub, trainer,
     made.train()
     made.push_to_hub()
     files = hub.files(REPOSITORY)
-    assert files.keys() == {".gitattributes", "model.safetensors"} | RUN
+    assert files.keys() == {".gitattributes", "model.safetensors"} | RUN | {"zoo_run.json"}
     assert f'load_model(model, hf_hub_download("{REPOSITORY}", "model.safetensors"))' in files["README.md"].decode()
 
 

@@ -42,3 +42,14 @@ def next_token_accuracy(evaluated: EvalPrediction) -> dict[str, float]:
     counted = labels[:, 1:] != IGNORED
     # as one row, since an array is stored faster than many
     return metric.compute(predictions=[tokens[:, :-1][counted]], references=[labels[:, 1:][counted]])
+
+
+def answer_accuracy(evaluated: EvalPrediction) -> dict[str, float]:
+    """`next_token_accuracy`, and `exact_match`: the share of rows all of whose labels are the likeliest tokens.
+
+    Such a row's answer is what greedy generation gives, as every token follows the right ones.
+    """
+    tokens: Any = evaluated.predictions  # (B, T), and so are the labels
+    labels: Any = evaluated.label_ids
+    right = (tokens[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+    return next_token_accuracy(evaluated) | {"exact_match": float(right.all(axis=1).mean())}
