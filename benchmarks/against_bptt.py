@@ -30,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     blocks = token_blocks(python_documentation(), byte_tokenizer(), BLOCK)
-    args = arguments(ZOOConfig, options.steps)
+    args = arguments(ZOOConfig, options.steps, smoothing_radius=1e-2)
     members = 2 * args.num_directions
     rows = [run("CD-RGE, Adam", ZOOTrainer, args, blocks, members)]
     warm_up = run("", Trainer, arguments(TrainingArguments, 200), blocks, 3)

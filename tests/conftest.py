@@ -83,7 +83,9 @@ def config(tmp_path):
             "lr_scheduler_type": "constant",
             "learning_rate": 1e-2,
         }
-        own = {"num_directions": 4, "probes": "serial"} if issubclass(kind, ZOOConfig) else {}
+        own = (
+            {"num_directions": 4, "smoothing_radius": 1e-2, "probes": "serial"} if issubclass(kind, ZOOConfig) else {}
+        )
         return kind(**(defaults | own | arguments))
 
     return make

@@ -15,7 +15,7 @@ from zoo_hf.config import complete_, settings
 
 OWN = {
     "num_directions": 32,
-    "smoothing_radius": 1e-2,
+    "smoothing_radius": None,
     "estimator": "central",
     "distribution": "rademacher",
     "direction_rank": 1,
@@ -27,7 +27,7 @@ OWN = {
     "normalize": "none",
     "rank_check_steps": 100,
 }
-CHANGED = {"learning_rate": 2e-2, "max_grad_norm": 0.0}
+CHANGED = {"learning_rate": None, "max_grad_norm": 0.0}
 
 
 @dataclass
@@ -49,9 +49,30 @@ def test_only_the_defaults_that_the_docstring_names_differ_from_training_argumen
 
 def test_what_makes_a_run_the_run_it_is_are_the_seed_and_our_fields_but_for_the_learning_rate(config):
     args = config(seed=7)
-    expected = OWN | {"num_directions": 4, "probes": "serial", "seed": 7, "max_grad_norm": 0.0}
+    expected = OWN | {
+        "num_directions": 4,
+        "smoothing_radius": 1e-2,
+        "probes": "serial",
+        "seed": 7,
+        "max_grad_norm": 0.0,
+    }
     del expected["rank_check_steps"]  # looks at a run, and changes nothing of it
     assert settings(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("optim", "n", "rate"),
+    [
+        ("adamw_torch", 32, 2e-2),
+        ("adamw_torch", 128, 4e-2),
+        ("sgd", 128, 8e-2),
+        ("rmsprop", 8, 1e-2),
+        ("sgd", 8, 5e-3),
+    ],
+)
+def test_the_default_learning_rate_goes_with_the_directions(tmp_path, optim, n, rate):
+    assert ZOOConfig(tmp_path, num_directions=n, optim=optim).learning_rate == rate
+    assert ZOOConfig(tmp_path, num_directions=n, optim=optim, learning_rate=1e-3).learning_rate == 1e-3
 
 
 def test_every_field_has_a_help_text():
@@ -99,14 +120,15 @@ def test_a_json_file_sets_fields_and_leaves_the_others(tmp_path):
     path = tmp_path / "args.json"
     path.write_text(json.dumps({"output_dir": str(tmp_path), "use_cpu": True, "num_directions": 8}))
     (args,) = HfArgumentParser(ZOOConfig).parse_json_file(str(path))
-    assert {name: getattr(args, name) for name in OWN | CHANGED} == OWN | CHANGED | {"num_directions": 8}
+    expected = OWN | CHANGED | {"num_directions": 8, "learning_rate": 1e-2}
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 # TRL's default
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_mixed_into_the_arguments_of_another_trainer_our_defaults_win(tmp_path):
     args = ZOOSFTConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert {name: getattr(args, name) for name in OWN | CHANGED} == OWN | CHANGED
+    assert {name: getattr(args, name) for name in OWN | CHANGED} == OWN | CHANGED | {"learning_rate": 2e-2}
     assert args.max_length == SFTConfig(output_dir=str(tmp_path), use_cpu=True).max_length
     with pytest.raises(ValueError, match="`num_directions`"):
         ZOOSFTConfig(output_dir=str(tmp_path), use_cpu=True, num_directions=0)
@@ -137,7 +159,7 @@ def test_our_own_arguments_are_left_alone(config):
 def test_arguments_survive_pickling_and_show_in_dicts(config):
     args = config(num_directions=8, estimator="forward")
     expected = OWN | CHANGED | {"num_directions": 8, "estimator": "forward", "learning_rate": 1e-2}
-    expected["probes"] = "serial"
+    expected |= {"probes": "serial", "smoothing_radius": 1e-2}
     again = pickle.loads(pickle.dumps(args))
     assert {name: getattr(again, name) for name in expected} == expected
     assert {name: args.to_dict()[name] for name in expected} == expected

@@ -9,7 +9,7 @@ from conftest import CHECKPOINTING, texts, tiny_lstm
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from zoo_hf import ZOOTrainer
+from zoo_hf import Trajectory, ZOOTrainer
 from zoo_hf.noise import parameter_id
 
 
@@ -214,3 +214,31 @@ def test_neftune_without_training_mode_is_named(config, caplog, dropout):
         ZOOTrainer(tiny_lstm(), config(neftune_noise_alpha=5.0, dropout=dropout))
     expected = "NEFTune is off, as probes run in inference mode: set `dropout=True` to train with its noise."
     assert messages(caplog, "NEFTune") == ([] if dropout else [expected])
+
+
+@pytest.mark.parametrize(("spread", "radius"), [(1.0, 2**-6), (0.6, 2**-7), (0.02, 2**-12), (0.0, 2**-7)])
+def test_the_default_smoothing_radius_is_a_power_of_two_near_a_64th_of_the_weights_root_mean_square(
+    trainer, spread, radius
+):
+    model = tiny_lstm()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(spread * torch.ones_like(parameter))
+    made = trainer(model, texts(4), smoothing_radius=None)
+    assert made.args.smoothing_radius == radius
+    assert trainer(model, texts(4), smoothing_radius=0.3).args.smoothing_radius == 0.3
+
+
+def test_frozen_weights_have_no_part_in_the_default_smoothing_radius(trainer):
+    model = tiny_lstm()
+    model.get_input_embeddings().weight.requires_grad_(False).fill_(100.0)
+    assert trainer(model, texts(4), smoothing_radius=None).args.smoothing_radius < 0.01
+
+
+def test_a_run_of_default_radius_is_resumed_and_recorded_with_the_number(trainer, tmp_path):
+    made = trainer(tiny_lstm(), texts(4), smoothing_radius=None, save_strategy="steps", save_steps=1)
+    made.train()
+    assert Trajectory.open(tmp_path / "trajectory.zoo").header.settings["smoothing_radius"] == 2**-8
+    again = trainer(tiny_lstm(), texts(4), smoothing_radius=None, max_steps=3)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3

@@ -34,9 +34,12 @@ class ZOOArguments:
         default=32,
         metadata={"help": "Random directions an update; each costs two forward passes (central) or one (forward)."},
     )
-    smoothing_radius: float = field(
-        default=1e-2,
-        metadata={"help": "Length ε of a displacement in each weight, in units of the weights."},
+    smoothing_radius: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length ε of a displacement in each weight, in units of the weights; unset: the power of two next "
+            "to a 64th of the trained weights' root mean square."
+        },
     )
     estimator: Literal["central", "forward"] = field(
         default="central",
@@ -96,7 +99,13 @@ class ZOOArguments:
             "checkpoint; each reads the weights once. 0: only before checkpoints."
         },
     )
-    learning_rate: float = field(default=2e-2, metadata={"help": "Initial learning rate of the optimizer."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Initial learning rate of the optimizer; unset: 0.02 at 32 directions, in proportion to √n, or to "
+            "n for optim='sgd'. A guess for new models: `find_learning_rate` measures, and pretrained ones want less."
+        },
+    )
     max_grad_norm: float = field(
         default=0.0,
         metadata={"help": "Clip the estimate to this norm; costs one more pass over the directions. 0 is off."},
@@ -104,12 +113,14 @@ class ZOOArguments:
 
     def __post_init__(self) -> None:
         refuse_sharding(self)  # first: transformers would ask for its packages
+        if self.learning_rate is None:
+            self.learning_rate = default_learning_rate(self.num_directions, str(self.optim))  # type: ignore[attr-defined]
         super().__post_init__()  # type: ignore[misc]  # of the class of training arguments mixed in
         check(self)
 
 
 @dataclass
-class ZOOConfig(ZOOArguments, TrainingArguments):
+class ZOOConfig(ZOOArguments, TrainingArguments):  # type: ignore[misc]  # `learning_rate` may be unset
     """`transformers.TrainingArguments` and `ZOOArguments` in one; see there."""
 
 
@@ -123,7 +134,7 @@ def check(args: Any) -> None:
         raise ValueError(f"`seed` must be in [0, 2**32), got {args.seed}.")
     if args.num_directions < 1:
         raise ValueError(f"`num_directions` must be at least 1, got {args.num_directions}.")
-    if not 0 < args.smoothing_radius < math.inf:
+    if args.smoothing_radius is not None and not 0 < args.smoothing_radius < math.inf:
         raise ValueError(f"`smoothing_radius` must be positive and finite, got {args.smoothing_radius}.")
     if args.max_grad_norm < 0:
         raise ValueError(f"`max_grad_norm` must not be negative, got {args.max_grad_norm}; 0 is off.")
@@ -138,6 +149,16 @@ def check(args: Any) -> None:
     for name, choices in CHOICES.items():
         if getattr(args, name) not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
+
+
+def default_learning_rate(directions: int, optimizer: str) -> float:
+    """0.02 at n = 32, for new models; what a step may cost in curvature goes with the square of its length.
+
+    The square of ĝ's noise is in proportion to 1/n, and so the rate of plain descent to n. A step of Adam is as long
+    for any n, and what of it points along the gradient is in proportion to √n, and so is its rate.
+    """
+    more = max(1, directions) / 32
+    return 2e-2 * (more if optimizer.rpartition(".")[2].lower() == "sgd" else math.sqrt(more))
 
 
 def check_split(args: Any) -> None:

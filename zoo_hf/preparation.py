@@ -1,9 +1,12 @@
 """A model before its training: what would harm probes is switched off, and what they cannot displace is refused."""
 
 import logging
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .carry import check_state
@@ -30,6 +33,8 @@ def prepare_(model: Any, args: Any) -> None:
     if checkpointed or any(vars(args)[switch] for switch in switches):
         vars(args).update(dict.fromkeys(switches, False))
         logger.warning("Gradient checkpointing is switched off: no activations are kept for a backward pass.")
+    if args.smoothing_radius is None:
+        args.smoothing_radius = default_radius(p for p in model.parameters() if p.requires_grad)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.add_model_tags(["zoo_hf", "zeroth-order"])
@@ -42,6 +47,14 @@ def prepare_(model: Any, args: Any) -> None:
             # in inference mode, as a probe is, it would hand the state of a longer sequence on in bfloat16
             module.config.max_inference_chunksize = UNCUT
             logger.warning("xLSTM: `max_inference_chunksize` is raised, as each cut rounds the state to bfloat16.")
+
+
+def default_radius(weights: Iterable[Tensor]) -> float:
+    """The power of two next to √(mean θ²)/64, for which bfloat16 still has room; 2⁻⁷ where all are zero, or none."""
+    total, count = 0.0, 0
+    for weight in weights:
+        total, count = total + torch.linalg.vector_norm(weight.detach().float()).item() ** 2, count + weight.numel()
+    return 2.0 ** round(math.log2(math.sqrt(total / count) / 64)) if total else 2.0**-7
 
 
 def check_weights(trainer: Any) -> None:

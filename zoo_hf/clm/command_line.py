@@ -19,6 +19,7 @@ MAIN_JOB: dict[str, Any] = {
     "output_dir": "outputs/lstm-python-docs",
     "do_train": True,
     "do_eval": True,
+    "smoothing_radius": 1e-2,
     "block_size": 32,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 128,
