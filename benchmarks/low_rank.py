@@ -69,6 +69,7 @@ def loss(kind: str, n: int, rate: float, seed: int, passes: int) -> float:
         tempfile.mkdtemp(),
         distribution=KINDS[kind],
         num_directions=n,
+        smoothing_radius=1e-2,
         learning_rate=rate,
         max_steps=passes // (2 * n),
         per_device_train_batch_size=16,
