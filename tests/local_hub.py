@@ -197,6 +197,7 @@ if __name__ == "__main__":
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
         hub = stack.enter_context(LocalHub(folder, xet=arguments.xet))
-        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={hub.token}", flush=True)
+        way = f"HF_HUB_DISABLE_XET={int(not arguments.xet)}"
+        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={hub.token} {way}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()

@@ -272,3 +272,4 @@ def test_the_script_serves_who_exports_what_it_prints(hub):
         created = HfApi(variables["HF_ENDPOINT"], variables["HF_TOKEN"]).create_repo("there").repo_id
         script.send_signal(signal.SIGINT)
     assert (export, created, script.returncode) == ("export", "tester/there", 0)
+    assert variables["HF_HUB_DISABLE_XET"] == ("0" if hub.large_files.xet else "1")
