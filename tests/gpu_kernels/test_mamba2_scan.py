@@ -46,6 +46,25 @@ def test_outputs_and_state_are_those_of_the_models_scan(scanned, rng, kernels, d
 
 
 @every_backend
+@every_dtype
+@pytest.mark.parametrize("shape", [(1, 33, 2, 2, 8, 5), (2, 64, 1, 1, 20, 16), (1, 100, 1, 2, 70, 3)], ids=str)
+def test_many_tokens_go_in_blocks_with_the_same_results(scanned, rng, kernels, dtype, shape):
+    x, step, *others, rates, state = made(rng, *shape, dtype=dtype)
+    step[:, 40:50] *= 30  # a state that is all but forgotten, and none that overflows
+    expected = ssd_scan(SSDInputs(x, step, *others), rates, state)
+    # products of float32 take all its digits, those of narrower types on a GPU as many as theirs
+    rough = DEVICE == "cuda" and dtype != torch.float32
+    close = {"rtol": 2e-3, "atol": 2e-3 * expected[0].abs().max().item()} if rough else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(scanned(kernels, (x, step, *others, rates, state)), expected, **close)
+
+
+@every_backend
+def test_a_block_whose_steps_are_zero_leaves_the_state_to_the_last_bit(scanned, rng, kernels):
+    x, step, *others, state = made(rng, 1, 40, 1, 2, 8, 6)
+    assert torch.equal(scanned(kernels, (x, torch.zeros_like(step), *others, state))[1], state)
+
+
+@every_backend
 def test_two_halves_are_the_whole(scanned, rng, kernels):
     *inputs, rates, state = made(rng, 2, 7, 2, 2, 8, 6)
     outputs, after = scanned(kernels, (*inputs, rates, state))

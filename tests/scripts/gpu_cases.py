@@ -74,6 +74,11 @@ def mamba2() -> None:
             x, vectors = torch.zeros(batch, 4, 1, 2, 64, dtype=dtype), torch.zeros(2, batch, 4, 1, size, dtype=dtype)
             step, state = torch.zeros(batch, 4, 1, 2), torch.zeros(batch, 1, size, 2, 64)
             torch.ops.zoo_hf.mamba2_scan(x, step, *vectors, torch.zeros(1, 2), state)
+    for dtype in FEWER:
+        for size, values in ((128, 64), (64, 64), (16, 32)):
+            x, vectors = torch.zeros(2, 64, 1, 2, values, dtype=dtype), torch.zeros(2, 2, 64, 1, size, dtype=dtype)
+            step, state = torch.zeros(2, 64, 1, 2), torch.zeros(2, 1, size, 2, values)
+            torch.ops.zoo_hf.mamba2_scan(x, step, *vectors, torch.zeros(1, 2), state)
 
 
 def members(count: int) -> tuple[torch.Tensor, torch.Tensor]:
