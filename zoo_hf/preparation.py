@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +35,9 @@ def prepare_(model: Any, args: Any) -> None:
         vars(args).update(dict.fromkeys(switches, False))
         logger.warning("Gradient checkpointing is switched off: no activations are kept for a backward pass.")
     if args.smoothing_radius is None:
-        args.smoothing_radius = default_radius(p for p in model.parameters() if p.requires_grad)
+        # ranks may have started from other weights; the first one's are taken, and so is its radius
+        radius = default_radius(p for p in model.parameters() if p.requires_grad)
+        (args.smoothing_radius,) = broadcast_object_list([radius])
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.add_model_tags(["zoo_hf", "zeroth-order"])
