@@ -174,7 +174,7 @@ def batch(rows: int = 3, tokens: int = 5) -> dict[str, torch.Tensor]:
 
 def trainer_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor], kind: type = ZOOTrainer, **arguments: Any):
     """A trainer, not yet started, that gets these inputs in every step and in every evaluation."""
-    own = {"num_directions": DIRECTIONS, "probes": "serial"} if kind is ZOOTrainer else {}
+    own = {"num_directions": DIRECTIONS, "smoothing_radius": 1e-2, "probes": "serial"} if kind is ZOOTrainer else {}
     args = (ZOOConfig if kind is ZOOTrainer else TrainingArguments)(
         tempfile.mkdtemp(),
         use_cpu=not torch.cuda.is_available(),
