@@ -3,10 +3,9 @@ r"""Fine-tunes a pretrained language model for sentiment, by forward passes alon
     python examples/finetune_sentiment.py --train_file reviews.csv
 
 A review stands in a prompt, and the model's scores of " negative" and " positive" after it are the answer. The file
-has columns `text` and `label` (0 or 1); without it, Rotten Tomatoes comes from the Hub. What is trained is an adapter
-of PEFT or every weight (`--method`); what is minimised (`--objective`) the cross-entropy, or what has no gradient, the
-error rate or 1 − F1. Accuracy on held-out reviews before and after, with its standard error, minutes and peak memory
-are printed and saved in `sentiment_results.json`.
+has columns `text` and `label` (0, 1); without it, Rotten Tomatoes comes from the Hub. `--method` trains an adapter of
+PEFT (lora) or all weights (full), `--objective` minimises the cross-entropy, or what has no gradient: the error rate,
+or 1 − F1. Accuracy on held-out reviews with its standard error is printed and saved in `sentiment_results.json`.
 """
 
 import math
@@ -17,7 +16,6 @@ from typing import Literal
 
 import datasets
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 
@@ -26,10 +24,10 @@ from zoo_hf import ZOOConfig, ZOOTrainer
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT, WORDS, LENGTH = "Review: {}\nSentiment:", (" negative", " positive"), 96
-RATES = {"lora": (1e-2, 1e-2), "full": (1e-6, 1e-3)}  # learning rate and smoothing radius
-SHARED = {"output_dir": "outputs/sentiment", "max_steps": 350, "num_directions": 4, "remove_unused_columns": False}
-SHARED |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "save_strategy": "no"}
-SHARED |= {"logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
+JOB = {"lora": {"learning_rate": 1e-2}, "full": {"learning_rate": 1e-6, "smoothing_radius": 1e-3}}
+SHARED = {"output_dir": "outputs/sentiment", "max_steps": 350, "smoothing_radius": 1e-2, "save_strategy": "no"}
+SHARED |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "num_directions": 4}
+SHARED |= {"logging_steps": 50, "remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available()}
 
 
 @dataclass
@@ -44,14 +42,14 @@ class Arguments:
 
 def answers(model, inputs):
     """Scores of the two words after each prompt, (B, 2)."""
-    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    # prompts are padded on the left; the last position by a tensor, as a slice makes products of bfloat16 slow
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # padded on the left
+    # the last position by a tensor, as a slice makes products of bfloat16 slow
     scores = model(**texts, logits_to_keep=torch.tensor([-1]), use_cache=False).logits
     return scores[:, -1].index_select(1, inputs["words"][0]).float()
 
 
 def loss(model, inputs):
-    return F.cross_entropy(answers(model, inputs), inputs["labels"])
+    return torch.nn.functional.cross_entropy(answers(model, inputs), inputs["labels"])
 
 
 def error(model, inputs):
@@ -62,9 +60,6 @@ def f1(model, inputs):
     """1 − F1 of the positive reviews, 1 − 2 TP/(2 TP + FP + FN)."""
     said, labels = answers(model, inputs).argmax(1), inputs["labels"]
     return 1 - 2 * (said * labels).sum() / (said + labels).sum().clamp(min=1)
-
-
-OBJECTIVES = {"loss": loss, "error": error, "f1": f1}
 
 
 @torch.inference_mode()
@@ -96,23 +91,26 @@ def reviews(arguments, tokenizer):
 
 def main():
     parser = HfArgumentParser((Arguments, ZOOConfig), description=__doc__)
-    rate, radius = RATES[parser.parse_known_args()[0].method]
-    parser.set_defaults(**SHARED, learning_rate=rate, smoothing_radius=radius)
+    parser.set_defaults(**SHARED | JOB[parser.parse_known_args()[0].method])
     try:
         arguments, args = parser.parse_args_into_dataclasses()
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=arguments.dtype)
+        except OSError as mistake:
+            raise OSError(f"--model_name_or_path {arguments.model_name_or_path}: {mistake}") from mistake
         if arguments.method == "lora":
             torch.manual_seed(args.seed)
             model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-        data = reviews(arguments, tokenizer) | {"data_collator": DataCollatorWithPadding(tokenizer)}
-        trainer = ZOOTrainer(model, args, compute_objective=OBJECTIVES[arguments.objective], **data)
-    except (OSError, ValueError) as error:  # what the user can put right: a file, a model's name, an argument
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        objective = {"loss": loss, "error": error, "f1": f1}[arguments.objective]
+        data = reviews(arguments, tokenizer) | {"compute_objective": objective}
+        trainer = ZOOTrainer(model, args, DataCollatorWithPadding(tokenizer), **data)
+    except (OSError, ValueError) as mistake:  # what the user can put right: a file, a model's name, an argument
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(mistake).split())}\n")
     results, start = accuracy(trainer, "before"), time.perf_counter()
     trainer.train()
-    minutes, memory = (time.perf_counter() - start) / 60, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    results |= accuracy(trainer, "after") | {"minutes": minutes, "peak_memory_mb": memory}
+    results |= {"minutes": (time.perf_counter() - start) / 60} | accuracy(trainer, "after")
+    results["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     trainer.log_metrics("sentiment", results)
     trainer.save_metrics("sentiment", results)
     trainer.save_model()

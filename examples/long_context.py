@@ -6,7 +6,8 @@ A recurrent model reads a text in chunks and keeps its state alone, and a zero-o
 does not grow with the context. Backpropagation through time keeps the activations of every token. The script trains a
 few steps on contexts of 1,000 and of 100,000 tokens of CPython's documentation, then a step of backpropagation on
 1,000 and on 4,000, each in a fresh process, and prints for each run the peak of its memory, above what was held before
-training began, seconds a step, and the loss at the first and the last step (a step's batch is one text).
+training began, seconds a step, and the loss at the first and the last step (a step's batch is one text). It takes
+three minutes on one core.
 Linux only, as memory is read from /proc; `benchmarks/context.py` measures more models.
 """
 

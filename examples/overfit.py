@@ -2,10 +2,12 @@ r"""Overfits one batch, by central differences and by backpropagation through ti
 
     python examples/overfit.py
 
-The batch is 32 sequences to be copied; the model an LSTM of many heads. Backpropagation is run with AdamW and with
-plain gradient descent. The loss is drawn against steps, forward passes (a step of backpropagation counts three) and
-seconds: few steps of a thousand forward passes each can look fast, and are not. `outputs/overfit/loss.png` is the
-picture. Every argument of a `ZOOConfig` may be given, for the zero-order run; `--max_steps` is its number of steps.
+The batch is 32 sequences to be copied; the model an LSTM of many heads. CD-RGE has AdamW as its optimizer, and
+backpropagation AdamW or plain gradient descent. The loss is drawn against steps, forward passes (a step of
+backpropagation counts three) and seconds, in `outputs/overfit/loss.png`: few steps of many forward passes each can
+look fast, and are not. In 100 steps CD-RGE takes the loss from 3.70 to 0.11, with 25,600 forward passes, in two and a
+half minutes on one core; backpropagation with AdamW is there within a second. Every argument of a `ZOOConfig` may be
+given, for the zero-order run; `--max_steps` is for all.
 """
 
 import copy

@@ -51,8 +51,10 @@ def make_trainer(args):
         raise ValueError("--hub_model_id is missing: say where to publish, as in --hub_model_id your-name/repository.")
     tokenizer = byte_tokenizer()
     set_seed(args.seed)  # a trajectory alone has the seed, from which the starting weights are made again
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = RNNConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ends)
     trainer = ZOOTrainer(
-        RNNForCausalLM(RNNConfig(vocab_size=len(tokenizer))),
+        RNNForCausalLM(config),
         args,
         train_dataset=token_blocks(python_documentation(), tokenizer, 32)["train"],
         data_collator=default_data_collator,
