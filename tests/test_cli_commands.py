@@ -121,8 +121,6 @@ def test_the_metric_divides_nats_among_tokens_and_bytes():
 
 @pytest.mark.parametrize("window", [64, 100_000])
 def test_the_harness_gives_the_same_figures_of_the_same_windows(window):
-    # not among the tests' own packages: with it, a process that Ctrl-C ends has exit code 1
-    pytest.importorskip("lm_eval")
     arguments = model_of(), byte_tokenizer(), TEXT
     ours = score(*arguments, window=window, batch_size=3)
     theirs = score_by_harness(*arguments, window=window, batch_size=3)
