@@ -43,9 +43,9 @@ class Arguments:
 def answers(model, inputs):
     """Scores of the two words after each prompt, (B, 2)."""
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # padded on the left
-    # the last position by a tensor, as a slice makes products of bfloat16 slow
-    scores = model(**texts, logits_to_keep=torch.tensor([-1]), use_cache=False).logits
-    return scores[:, -1].index_select(1, inputs["words"][0]).float()
+    last = model.get_decoder()(**texts, use_cache=False).last_hidden_state[:, -1]
+    words = model.get_output_embeddings().weight[inputs["words"][0]]
+    return last.float() @ words.float().T  # the model's own scores have bfloat16's three digits
 
 
 def loss(model, inputs):

@@ -24,7 +24,7 @@ JOB = {"output_dir": "outputs/transduction", "max_steps": 500, "logging_steps": 
 JOB |= {"num_directions": 32, "learning_rate": 2e-2, "smoothing_radius": 1e-2, "per_device_train_batch_size": 32}
 JOB |= {"eval_strategy": "steps", "eval_steps": 250, "per_device_eval_batch_size": 128}
 JOB |= {"disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available()}
-CHECKS = {"held_out": (2, 10), "longer": (11, 20)}
+CHECKS = {"held_out": (2, 10), "longer": (11, 60)}
 
 
 @dataclass

@@ -205,11 +205,11 @@ def test_finetune_sentiment_minimises_what_it_names():
     scores = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])  # of negative and positive
     labels = torch.tensor([0, 1, 0, 1])
 
-    def model(logits_to_keep, use_cache, **texts):
-        logits = torch.zeros(4, 1, 9)
-        logits[:, 0, [5, 7]] = scores
-        return SimpleNamespace(logits=logits)
-
+    head = torch.nn.Linear(2, 9, bias=False)
+    torch.nn.init.zeros_(head.weight)
+    head.weight.data[[5, 7]] = torch.eye(2)
+    states = SimpleNamespace(last_hidden_state=torch.stack([scores + 1, scores], 1))
+    model = SimpleNamespace(get_decoder=lambda: lambda use_cache, **texts: states, get_output_embeddings=lambda: head)
     inputs = {"input_ids": None, "attention_mask": None, "words": torch.tensor([[5, 7]] * 4), "labels": labels}
     said = [-math.log(1 / (1 + math.exp(-margin))) for margin in (2, 1, -3, -1)]
     assert module.loss(model, inputs).item() == pytest.approx(sum(said) / 4)
