@@ -2,11 +2,11 @@
 
     python benchmarks/sentiment.py --model_name_or_path MODEL --train_file reviews.csv      # hours on two cores
 
-Runs `examples/finetune_sentiment.py`, each run in a fresh process, whose peak memory is its own: an adapter with each
-seed, then all weights. Backpropagation with AdamW beside them has the same model, data, batches and loss, and as many
-forward passes, three a step. Accuracy is that on the same held-out reviews, with its standard error √(p (1 − p)/N).
-Where glibc's allocator gives memory back after every pass, most of the time goes there: set MALLOC_MMAP_MAX_=0 and
-MALLOC_TRIM_THRESHOLD_=100000000000.
+Runs `examples/finetune_sentiment.py` as it stands, each run in a fresh process, whose peak memory is its own: an
+adapter with each seed, then all weights. Backpropagation with AdamW beside them has the same model, data, batches and
+loss, and as many forward passes, three a step. Accuracy is that on the same held-out reviews, with its standard error
+√(p (1 − p)/N). Where glibc's allocator gives memory back after every pass, most of the time goes there: set
+MALLOC_MMAP_MAX_=0 and MALLOC_TRIM_THRESHOLD_=100000000000.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-DIRECTIONS = 4
 RATES = {"lora": 5e-4, "full": 1e-5}  # of backpropagation
 
 
@@ -27,32 +26,39 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="Of the adapter's runs.")
-    parser.add_argument(
-        "--steps", nargs=2, type=int, default=[200, 200], help="Updates: of an adapter, of all weights."
-    )
+    parser.add_argument("--steps", nargs=2, type=int, help="Updates: of an adapter, of all weights.")
     parser.add_argument("--held_out", type=int, default=1000)
     parser.add_argument("--backprop", choices=RATES, help=argparse.SUPPRESS)  # in a process of its own
     options, others = parser.parse_known_args()
+    source = ["--model_name_or_path", options.model_name_or_path, "--train_file", options.train_file]
+    shared = [*source, "--held_out", str(options.held_out), *others]
     if options.backprop:
-        backprop(options.backprop, others)
+        backprop(options.backprop, shared)
         return
 
     from report import save_results, table
 
-    source = ["--model_name_or_path", options.model_name_or_path, "--train_file", options.train_file]
-    shared = [*source, "--held_out", str(options.held_out), *others]
+    jobs = example().JOB
+    steps = dict(zip(jobs, options.steps or [job["max_steps"] for job in jobs.values()], strict=True))
     rows = []
-    for method, steps, seeds in (("lora", options.steps[0], options.seeds), ("full", options.steps[1], [1])):
-        passes = 2 * DIRECTIONS * steps
+    for method, seeds in (("lora", options.seeds), ("full", [1])):
+        passes = 2 * jobs[method]["num_directions"] * steps[method]
         for seed in seeds:
-            own = ["--method", method, "--seed", str(seed), "--max_steps", str(steps)]
-            script = [str(EXAMPLES / "finetune_sentiment.py"), "--num_directions", str(DIRECTIONS)]
-            rows.append({"trained": method, "by": "CD-RGE", "seed": seed} | run([*script, *own, *shared], passes))
+            own = ["--method", method, "--seed", str(seed), "--max_steps", str(steps[method])]
+            script = str(EXAMPLES / "finetune_sentiment.py")
+            rows.append({"trained": method, "by": "CD-RGE", "seed": seed} | run([script, *own, *shared], passes))
             print(table(rows), flush=True)
         own = ["--backprop", method, "--seed", "1", "--max_steps", str(passes // 3), *shared]
         rows.append({"trained": method, "by": "backpropagation", "seed": 1} | run([__file__, *own], passes))
         print(table(rows), flush=True)
     save_results("sentiment", rows, plot)
+
+
+def example():
+    sys.path.append(str(EXAMPLES))
+    import finetune_sentiment
+
+    return finetune_sentiment
 
 
 def run(arguments: list[str], passes: int) -> dict[str, object]:
@@ -77,9 +83,9 @@ def run(arguments: list[str], passes: int) -> dict[str, object]:
 
 def backprop(method: str, others: list[str]) -> None:
     """The example, with the stock Trainer, gradients and AdamW."""
-    sys.path.append(str(EXAMPLES))
-    import finetune_sentiment
     from transformers import Trainer
+
+    finetune_sentiment = example()
 
     class BackpropTrainer(Trainer):
         def __init__(self, model, args, compute_objective, **data):

@@ -3,7 +3,8 @@
     python benchmarks/transduction.py            # about an hour on one core
     python benchmarks/transduction.py --tasks copy --steps 200
 
-The questions and evaluation of `examples/run_transduction.py`, and its model in the size of the paper's smallest.
+The questions and evaluation of `examples/run_transduction.py`, and its model in the size of the paper's smallest. The
+zero-order run's learning rate falls to zero, for its noise undoes what it learns; backpropagation's is constant.
 Backpropagation is the stock Trainer with AdamW: for as many steps as the zero-order run with each learning rate, and
 with the best of them (by held-out loss) until it has made as many forward passes, three a step. That run is shown
 where it had made as many steps, as many forward passes, and run for as many seconds.
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=SHOWN, default=SHOWN)
     parser.add_argument("--steps", type=int, default=1000, help="Updates of the zero-order run.")
     parser.add_argument("--num_directions", type=int, default=JOB["num_directions"])
-    parser.add_argument("--learning_rate", type=float, default=JOB["learning_rate"], help="Of the zero-order run.")
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="Of the zero-order run.")
     parser.add_argument("--backprop_rates", nargs="+", type=float, default=RATES, help="Of backpropagation.")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -52,7 +53,7 @@ def compared(task: str, options: argparse.Namespace) -> list[dict]:
     """A row for the zero-order run, and one for backpropagation after as many steps, forward passes and seconds."""
     passes = 2 * options.num_directions
     own = {"smoothing_radius": JOB["smoothing_radius"], "num_directions": options.num_directions}
-    own["learning_rate"] = options.learning_rate
+    own |= {"learning_rate": options.learning_rate, "lr_scheduler_type": "linear"}
     zero_order = curve(task, options.steps, passes, ZOOConfig, **own)
     trials = {rate: backprop(task, options.steps, rate)[-1]["held_out loss"] for rate in options.backprop_rates}
     rate = min(trials, key=trials.__getitem__)
@@ -70,15 +71,15 @@ def without_curve(row: dict) -> dict:
 
 
 def backprop(task: str, steps: int, rate: float) -> list[dict[str, float]]:
-    return curve(task, steps, 3, TrainingArguments, learning_rate=rate)
+    constant = {"learning_rate": rate, "lr_scheduler_type": "constant"}  # a point along it is the end of a shorter run
+    return curve(task, steps, 3, TrainingArguments, **constant)
 
 
-def curve(task: str, steps: int, passes: int, kind: type, **changes: float) -> list[dict[str, float]]:
+def curve(task: str, steps: int, passes: int, kind: type, **changes: object) -> list[dict[str, float]]:
     """What the model could do along a run, after so many steps, forward passes and seconds of training."""
     args = kind(
         tempfile.mkdtemp(),
         max_steps=steps,
-        lr_scheduler_type="constant",  # points along a run can be compared with ends of others
         per_device_train_batch_size=JOB["per_device_train_batch_size"],
         per_device_eval_batch_size=JOB["per_device_eval_batch_size"],
         logging_steps=steps,

@@ -24,10 +24,11 @@ from zoo_hf import ZOOConfig, ZOOTrainer
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT, WORDS, LENGTH = "Review: {}\nSentiment:", (" negative", " positive"), 96
-JOB = {"lora": {"learning_rate": 1e-2}, "full": {"learning_rate": 1e-6, "smoothing_radius": 1e-3}}
-SHARED = {"output_dir": "outputs/sentiment", "max_steps": 350, "smoothing_radius": 1e-2, "save_strategy": "no"}
-SHARED |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "num_directions": 4}
-SHARED |= {"logging_steps": 50, "remove_unused_columns": False, "dataloader_pin_memory": torch.cuda.is_available()}
+JOB = {"lora": {"max_steps": 2400, "num_directions": 1, "learning_rate": 2e-3, "smoothing_radius": 1e-2}}
+JOB["full"] = {"max_steps": 300, "num_directions": 4, "learning_rate": 5e-5, "smoothing_radius": 1e-3, "optim": "sgd"}
+SHARED = {"output_dir": "outputs/sentiment", "logging_steps": 50, "save_strategy": "no"}
+SHARED |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32, "remove_unused_columns": False}
+SHARED |= {"train_sampling_strategy": "group_by_length", "dataloader_pin_memory": torch.cuda.is_available()}
 
 
 @dataclass
@@ -43,9 +44,8 @@ class Arguments:
 def answers(model, inputs):
     """Scores of the two words after each prompt, (B, 2)."""
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # padded on the left
-    last = model.get_decoder()(**texts, use_cache=False).last_hidden_state[:, -1]
-    words = model.get_output_embeddings().weight[inputs["words"][0]]
-    return last.float() @ words.float().T  # the model's own scores have bfloat16's three digits
+    last = model.get_decoder()(**texts, use_cache=False).last_hidden_state[:, -1].float()
+    return last @ model.get_output_embeddings().weight[inputs["words"][0]].float().T  # the model's own: bfloat16
 
 
 def loss(model, inputs):

@@ -82,7 +82,7 @@ def test_both_ways_to_see_a_batch_estimate_its_gradient_without_bias(pairs, rows
     """On losses linear in θ, where E ĝ = ∇L exactly: the mean of many estimates is within four standard errors."""
     slopes = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta = {"theta": torch.zeros(5, dtype=torch.float64)}
-    estimator, updates = CentralDifference(1e-2), 2000
+    estimator, updates = CentralDifference(1e-2), 500
     found = []
     for step in range(updates):
         directions = [Direction(3, step, index) for index in range(pairs)]

@@ -108,7 +108,7 @@ def test_the_log_says_how_many_bytes_a_step_gave_to_the_other_ranks(launched):
 
 
 @pytest.mark.filterwarnings(FORKED)
-@pytest.mark.parametrize("processes", [3, 4, 8])
+@pytest.mark.parametrize("processes", [3, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_ends_with_the_bits_of_one_process(alone, processes):
     folder, results = alone
     launch("torchrun", processes, str(folder))

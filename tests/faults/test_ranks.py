@@ -55,7 +55,9 @@ def undisturbed(tmp_path_factory):
     [
         ("dies", r"Signal 9 \(SIGKILL\)"),
         ("hangs", r"Rank 2 of 3 has died, hangs or ran out of memory: it did not come within 1\d s"),
-        ("hangs after a step", r"Rank 2 of 3 has died, hangs or ran out of memory"),
+        pytest.param(
+            "hangs after a step", r"Rank 2 of 3 has died, hangs or ran out of memory", marks=pytest.mark.slow
+        ),
         ("out of memory", r"OutOfMemoryError: CUDA out of memory"),
     ],
 )
