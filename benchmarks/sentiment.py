@@ -1,6 +1,6 @@
 """A pretrained language model tuned for sentiment, by forward passes and by backpropagation: accuracy, time, memory.
 
-    python benchmarks/sentiment.py --model_name_or_path MODEL --train_file reviews.csv      # two to three hours on one core
+    python benchmarks/sentiment.py --model_name_or_path MODEL --train_file reviews.csv      # three hours on one core
 
 Runs `examples/finetune_sentiment.py` as it stands, each run in a fresh process, whose peak memory is its own: an
 adapter with each seed, then all weights. Backpropagation with AdamW beside them has the same model, data, batches and
